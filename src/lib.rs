@@ -8,3 +8,4 @@
 
 pub mod abi;
 pub mod error;
+pub mod geom;
