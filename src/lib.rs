@@ -9,3 +9,4 @@
 pub mod abi;
 pub mod error;
 pub mod geom;
+pub mod layout;
