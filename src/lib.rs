@@ -10,3 +10,4 @@ pub mod abi;
 pub mod error;
 pub mod geom;
 pub mod layout;
+pub mod wire;
