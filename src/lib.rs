@@ -11,3 +11,4 @@ pub mod error;
 pub mod geom;
 pub mod layout;
 pub mod wire;
+pub mod plan;

@@ -1,0 +1,97 @@
+//! What a rank holds itself: copies from its source tiles to its target tiles.
+//!
+//! These depend on nobody else, but on addresses: where source and target are the same memory nothing is copied. So they are planned
+//! whenever the rank is bound to memory, without asking anyone.
+#![forbid(unsafe_code)]
+
+use super::owners::{Held, Holder, held};
+use super::{Piece, piece};
+use crate::abi::{RS_ERR_MISMATCH, RS_SOURCE, RS_TARGET};
+use crate::error::{Result, bail};
+use crate::geom::{Index, Radix, Region};
+use crate::layout::Layout;
+use std::collections::BTreeMap;
+
+/// A rank's copies inside itself.
+#[derive(Clone, Debug, Default)]
+pub struct Local {
+    /// Source to target; `tensor` is the row of the rank's own tensor table.
+    pub pieces: Vec<Piece>,
+    /// Elements that are shared instead of copied; not in `pieces`.
+    pub aliased: Vec<Piece>,
+}
+
+/// Plans them.
+pub fn plan_local(layout: &Layout) -> Result<Local> {
+    let mut tensors: BTreeMap<u32, [Vec<Holder<'_>>; 2]> = BTreeMap::new();
+    for (i, tile) in layout.tiles().iter().enumerate() {
+        let buffer = &layout.buffers()[tile.buffer as usize];
+        let holder = Holder {
+            rank: 0,
+            tile: i as u32,
+            buffer: tile.buffer,
+            dtype: (buffer.dtype.code, buffer.dtype.bits),
+            param: &buffer.name,
+            pattern: &tile.pattern,
+        };
+        for (side, role) in [RS_SOURCE, RS_TARGET].into_iter().enumerate() {
+            if buffer.role & role != 0 {
+                tensors.entry(tile.tensor).or_default()[side].push(holder);
+            }
+        }
+    }
+    let mut out = Local::default();
+    for (tensor, [sources, targets]) in tensors {
+        let facts = &layout.tensors()[tensor as usize];
+        if sources.is_empty() || targets.is_empty() {
+            continue;
+        }
+        let keys = sources.iter().chain(&targets).flat_map(|h| h.pattern.axes.iter().map(|a| a.key));
+        let radix = Radix::new(facts.elements, keys);
+        let (sources, targets) = (held(&facts.name, &sources, &radix)?, held(&facts.name, &targets, &radix)?);
+        let index = Index::new(sources.iter().map(|s| &s.patch.region));
+        for target in &targets {
+            let mut rest = vec![target.patch.region.clone()];
+            // Where a source is the target's own memory nothing moves: those first.
+            let mut order: Vec<(bool, &Held<'_>)> = vec![];
+            for s in index.meeting(&target.patch.region).into_iter().map(|i| &sources[i]) {
+                if let Some(shared) = s.patch.region.meet(&target.patch.region) {
+                    order.push((!same_memory(layout, s, target, &shared), s));
+                }
+            }
+            order.sort_by_key(|o| o.0);
+            for (copied, source) in order {
+                for part in rest.iter().filter_map(|r| r.meet(&source.patch.region)) {
+                    if source.dtype != target.dtype {
+                        bail!(
+                            RS_ERR_MISMATCH,
+                            "tensor '{}': source '{}' has dtype (code {}, bits {}), target '{}' of the same rank has (code {}, bits \
+                             {}); casts are not built",
+                            facts.name,
+                            source.param,
+                            source.dtype.0,
+                            source.dtype.1,
+                            target.param,
+                            target.dtype.0,
+                            target.dtype.1
+                        );
+                    }
+                    let item = u32::from(source.dtype.1) / 8;
+                    let piece = piece(&radix, &part, (source, tensor), (target, target.tile), item);
+                    if copied { out.pieces.push(piece) } else { out.aliased.push(piece) }
+                }
+                Region::minus_all(&mut rest, &source.patch.region);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Whether two boxes hold their shared elements at the same addresses.
+fn same_memory(layout: &Layout, a: &Held<'_>, b: &Held<'_>, shared: &Region) -> bool {
+    let addr = |h: &Held<'_>| {
+        let buffer = &layout.buffers()[h.buffer as usize];
+        buffer.addr + h.patch.offset_of(shared) * u64::from(buffer.item)
+    };
+    addr(a) == addr(b) && (0..shared.len.len()).all(|i| shared.len[i] == 1 || a.patch.stride[i] == b.patch.stride[i])
+}
