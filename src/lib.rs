@@ -12,3 +12,4 @@ pub mod geom;
 pub mod layout;
 pub mod wire;
 pub mod plan;
+pub mod device;
