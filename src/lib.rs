@@ -13,3 +13,4 @@ pub mod layout;
 pub mod wire;
 pub mod plan;
 pub mod device;
+pub mod comm;
