@@ -14,3 +14,4 @@ pub mod wire;
 pub mod plan;
 pub mod device;
 pub mod comm;
+pub mod exec;

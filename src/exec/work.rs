@@ -1,0 +1,220 @@
+//! A plan's pieces as lists of copies, made once a plan (and once a subset) and reused by every sync.
+#![forbid(unsafe_code)]
+
+use super::group::Rounds;
+use crate::comm::{Access, Windows};
+use crate::geom::StridedCopy;
+use crate::plan::local::Local;
+use crate::plan::rounds::messages;
+use crate::plan::{Piece, Plan};
+
+/// Bytes of one unit of reading: small enough to share work among threads and to notice an abort, large enough to forget its cost.
+const UNIT: u64 = 2 << 20;
+
+/// Whose memory a unit reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// This rank's: `Step::src` is a row of its buffers.
+    Own,
+    /// That of `Work::owners[i]`: `Step::src` is a place in its offer to us.
+    Owner(usize),
+}
+
+/// A copy into a buffer of this rank.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// See [`Origin`].
+    pub src: u32,
+    /// Row of this rank's buffers.
+    pub dst: u32,
+    /// What moves.
+    pub copy: StridedCopy,
+}
+
+/// Copies that one thread does in one go.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Where from.
+    pub origin: Origin,
+    /// The copies.
+    pub steps: Vec<Step>,
+}
+
+/// A message as one end sees it: copies between it and rows of this rank's buffers.
+#[derive(Clone, Debug)]
+pub struct Parcel {
+    /// Its length.
+    pub bytes: u64,
+    /// `(buffer, copy)`.
+    pub copies: Vec<(u32, StridedCopy)>,
+}
+
+/// The messages of a pair.
+#[derive(Clone, Debug)]
+pub struct Lane {
+    /// The other rank.
+    pub peer: u32,
+    /// In the order of the pair.
+    pub out: Vec<Parcel>,
+    /// In the order of the pair.
+    pub into: Vec<Parcel>,
+}
+
+/// What a sync does on this rank.
+#[derive(Debug, Default)]
+pub struct Work {
+    /// Ranks that we may read from, in the order in which they were opened.
+    pub owners: Vec<u32>,
+    /// Reading, and copying inside the rank.
+    pub units: Vec<Unit>,
+    /// Messages through lent memory.
+    pub lanes: Vec<Lane>,
+    /// Messages through our own staging.
+    pub group: Option<Rounds>,
+    /// Copies inside the rank after all has landed.
+    pub after: Vec<Unit>,
+    /// Sums in bytes.
+    pub bytes: Bytes,
+}
+
+/// Sums of a sync in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// Copied inside the rank, source to target.
+    pub local: u64,
+    /// Shared memory: nothing moved.
+    pub aliased: u64,
+    /// Copied inside the rank after landing, target to target.
+    pub doubled: u64,
+    /// To other ranks.
+    pub sent: u64,
+    /// Of `sent`, packed by this rank; the rest is read by its readers.
+    pub packed: u64,
+    /// From other ranks.
+    pub received: u64,
+}
+
+impl Bytes {
+    /// What this rank's threads copy.
+    pub fn work(&self) -> u64 {
+        self.local + self.doubled + self.packed + self.received
+    }
+}
+
+/// How the bytes of a pair travel.
+pub enum Way<'a> {
+    /// By reading where the access allows it, else through lent memory.
+    Windows {
+        /// The communicator's.
+        windows: &'a dyn Windows,
+        /// What readers could make of our offers: `(reader, its offer's buffers, access)`.
+        granted: &'a [(u32, Vec<u32>, Vec<Access>)],
+        /// What we can make of the owners' offers.
+        opened: &'a [(u32, Vec<u32>, Vec<Access>)],
+    },
+    /// In groups of messages of our own.
+    Group,
+}
+
+/// Rows of the owner's buffers that occur in the pieces of a pair, rising: what the owner offers and the reader expects.
+pub fn offer(pieces: &[Piece]) -> Vec<u32> {
+    let mut rows: Vec<u32> = pieces.iter().map(|p| p.src.buffer).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
+}
+
+/// Lists the copies of all pieces that `accept` (by tensor: of this rank's table for `local`, by ordinal for the rest).
+pub fn build(
+    plan: &Plan,
+    local: &Local,
+    accept_local: &dyn Fn(u32) -> bool,
+    accept: &dyn Fn(u32) -> bool,
+    way: &Way<'_>,
+    message: u64,
+) -> Work {
+    let mut work = Work::default();
+    if let Way::Windows { opened, .. } = way {
+        work.owners = opened.iter().map(|o| o.0).collect();
+    }
+    for p in local.aliased.iter().filter(|p| accept_local(p.tensor)) {
+        work.bytes.aliased += p.bytes();
+    }
+    let own = local.pieces.iter().filter(|p| accept_local(p.tensor));
+    work.bytes.local = units(own.cloned(), Origin::Own, |row| row, &mut work.units);
+    let doubles = plan.doubles.iter().filter(|p| accept(p.tensor));
+    work.bytes.doubled = units(doubles.cloned(), Origin::Own, |row| row, &mut work.after);
+    for peer in &plan.peers {
+        let out: Vec<&Piece> = peer.out.iter().filter(|p| accept(p.tensor)).collect();
+        let into: Vec<&Piece> = peer.into.iter().filter(|p| accept(p.tensor)).collect();
+        work.bytes.sent += out.iter().map(|p| p.bytes()).sum::<u64>();
+        let received: u64 = into.iter().map(|p| p.bytes()).sum();
+        work.bytes.received += received;
+        let (mut pack, mut unpack) = (vec![], vec![]);
+        match way {
+            Way::Group => (pack, unpack) = (out, into),
+            Way::Windows { windows, granted, opened } => {
+                let reads = |list: &[(u32, Vec<u32>, Vec<Access>)], p: &Piece| {
+                    let found = list.binary_search_by_key(&peer.rank, |l| l.0).ok().and_then(|i| {
+                        let at = list[i].1.binary_search(&p.src.buffer).ok()?;
+                        list[i].2.get(at)
+                    });
+                    match found {
+                        Some(Access::Mapped) => true,
+                        Some(Access::Remote) => windows.prefers_read(p.source_run()),
+                        _ => false,
+                    }
+                };
+                pack.extend(out.into_iter().filter(|p| !reads(granted, p)));
+                let mut read = vec![];
+                for p in into {
+                    if reads(opened, p) { read.push(p) } else { unpack.push(p) }
+                }
+                if let (false, Ok(i)) = (read.is_empty(), opened.binary_search_by_key(&peer.rank, |l| l.0)) {
+                    let rows = &opened[i].1;
+                    // `reads` found each row in this list.
+                    let place = |row: u32| rows.binary_search(&row).map_or(u32::MAX, |at| at as u32);
+                    units(read.into_iter().cloned(), Origin::Owner(i), place, &mut work.units);
+                }
+            }
+        }
+        work.bytes.packed += pack.iter().map(|p| p.bytes()).sum::<u64>();
+        if !pack.is_empty() || !unpack.is_empty() {
+            work.lanes.push(Lane {
+                peer: peer.rank,
+                out: parcels(pack, message, |p, at| (p.src.buffer, p.pack(at))),
+                into: parcels(unpack, message, |p, at| (p.dst.buffer, p.unpack(at))),
+            });
+        }
+    }
+    if matches!(way, Way::Group) {
+        work.group = Rounds::new(std::mem::take(&mut work.lanes));
+    }
+    work
+}
+
+fn parcels(pieces: Vec<&Piece>, size: u64, copy: impl Fn(&Piece, u64) -> (u32, StridedCopy)) -> Vec<Parcel> {
+    let make = |m: crate::plan::rounds::Message| {
+        let mut at = 0;
+        let mut copies = Vec::with_capacity(m.pieces.len());
+        for p in &m.pieces {
+            copies.push(copy(p, at));
+            at += p.bytes();
+        }
+        Parcel { bytes: m.bytes, copies }
+    };
+    messages(pieces.into_iter().cloned(), size).into_iter().map(make).collect()
+}
+
+/// Appends units for pieces that are copied directly; returns their bytes.
+fn units(pieces: impl Iterator<Item = Piece>, origin: Origin, place: impl Fn(u32) -> u32, out: &mut Vec<Unit>) -> u64 {
+    let mut sum = 0;
+    for m in messages(pieces, UNIT) {
+        sum += m.bytes;
+        let steps = m.pieces.iter().map(|p| Step { src: place(p.src.buffer), dst: p.dst.buffer, copy: p.copy() }).collect();
+        out.push(Unit { bytes: m.bytes, origin, steps });
+    }
+    sum
+}
