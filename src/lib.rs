@@ -15,3 +15,4 @@ pub mod plan;
 pub mod device;
 pub mod comm;
 pub mod exec;
+pub mod container;

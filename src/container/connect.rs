@@ -1,0 +1,358 @@
+//! What ranks agree on before they plan, and the plan.
+#![forbid(unsafe_code)]
+
+use super::sync::give_up;
+use super::{Container, Phase};
+use crate::abi::*;
+use crate::comm::{Access, Comm, Deadline, Window};
+use crate::error::{Error, Result, bail, err};
+use crate::exec::work::{Way, Work, build, offer};
+use crate::plan::facts::{Union, facts, plan};
+use crate::plan::{PLANNER_VERSION, Place, Plan};
+use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Least bytes of a message: with less, staging is too small for so many peers.
+const LEAST_MESSAGE: u64 = 4096;
+
+/// Longest table of a rank in bytes: tens of millions of tiles.
+const LONGEST_TABLE: u64 = 1 << 30;
+
+/// Bytes of each rank's table that are gathered at once.
+const SLICE: usize = 1 << 20;
+
+/// Everything that holds from one connect to the next.
+pub(super) struct Connected {
+    pub union: Union,
+    pub plan: Plan,
+    /// Row of this rank's tensor table -> ordinal.
+    pub ordinals: Vec<u32>,
+    /// Names of the source buffers that we receive from: (rank, row) -> name.
+    pub names: BTreeMap<(u32, u32), String>,
+    /// Equal on all ranks.
+    pub digest: u64,
+    /// Bytes of a message.
+    pub message: u64,
+    /// The binding of each rank whose addresses we know.
+    pub bindings: Vec<u64>,
+    pub links: Links,
+    pub work: Work,
+    /// Work of the last subset, by its digest.
+    pub subset: Option<(u64, Work)>,
+}
+
+impl Connected {
+    /// The copies of a sync of the last subset, or of everything.
+    pub fn chosen(&self, subset: bool) -> &Work {
+        match &self.subset {
+            Some((_, work)) if subset => work,
+            _ => &self.work,
+        }
+    }
+}
+
+/// Windows of the ranks that we read from, and what our readers made of ours. See `exec::work::Way`.
+#[derive(Default)]
+pub(super) struct Links {
+    pub windows: Vec<(u32, Vec<Window>)>,
+    pub opened: Vec<(u32, Vec<u32>, Vec<Access>)>,
+    pub granted: Vec<(u32, Vec<u32>, Vec<Access>)>,
+}
+
+impl Container {
+    /// Collective: agrees, exchanges tables, plans. Also after a failure, with a communicator that works.
+    pub fn connect(&mut self) -> Result<()> {
+        let comm = self.comm()?;
+        self.phase = Phase::Created;
+        self.control.started();
+        let begun = Instant::now();
+        let result = self.agree(&*comm, Deadline::after(self.timeout));
+        self.control.ended(&result.as_ref().map(|_| ()).map_err(Error::clone));
+        match result {
+            Ok(connected) => {
+                let (sent, received) = connected.plan.wire_bytes();
+                log::info!(
+                    "rank {} of {} connected over {}: {} tensors in all, {} peers, sends {sent} and receives {received} bytes a \
+                     sync in messages of {} bytes",
+                    comm.rank(),
+                    comm.world(),
+                    comm.name(),
+                    connected.union.tensors.len(),
+                    connected.plan.peers.len(),
+                    connected.message
+                );
+                self.stats.connect_seconds = begun.elapsed().as_secs_f64();
+                self.stats.failure = None;
+                self.phase = Phase::Connected(Box::new(connected));
+                Ok(())
+            }
+            Err(e) => {
+                log::error!("connect failed: {e}");
+                if e.status() <= RS_ERR_TIMEOUT {
+                    self.phase = Phase::Failed(e.text().to_string());
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn agree(&mut self, comm: &dyn Comm, deadline: Deadline) -> Result<Connected> {
+        let (me, world) = (comm.rank(), comm.world());
+        if me >= world {
+            bail!(RS_ERR_COMM, "the communicator says rank {me} of {world}");
+        }
+        if comm.pipe().is_some() && self.device.id().0 != RS_DEVICE_CPU {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "communicator '{}' moves host memory only, the device is '{}'",
+                comm.name(),
+                self.device.name()
+            );
+        }
+        let own = Table::of(&self.layout);
+        let blob = own.encode(me)?;
+        let record = Record {
+            wire: WIRE_VERSION,
+            planner: PLANNER_VERSION,
+            rank: me,
+            world,
+            host: self.host,
+            device: [0; 2],
+            pid: std::process::id(),
+            big_endian: cfg!(target_endian = "big"),
+            imported: (0..world).all(|r| r == me || self.imported.contains_key(&r)),
+            staging: self.staging,
+            table_len: blob.len() as u64,
+            table_digest: Table::head(&blob)?.1,
+            binding: self.binding,
+        };
+        let all = comm.allgather(&record.encode(), deadline).map_err(|e| give_up(comm, e))?;
+        let records: Vec<Record> = (0..world)
+            .zip(all.chunks_exact(Record::LEN))
+            .map(|(rank, bytes)| Record::decode(bytes, rank, world, PLANNER_VERSION))
+            .collect::<Result<_>>()?;
+        let tables = self.tables(comm, own, blob, &records, deadline)?;
+
+        let begun = Instant::now();
+        let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device }).collect();
+        let planned = self.movable(comm).and(tables).and_then(|tables| Planned::new(me, &places, tables));
+        self.stats.plan_seconds = begun.elapsed().as_secs_f64();
+        let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
+        let planned = planned?;
+
+        let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
+        let mut message = staging / (4 * u64::from(peers.max(1)));
+        if let Some(pipe) = comm.pipe() {
+            message = message.min(pipe.capacity() as u64);
+        }
+        message -= message % 256;
+        if message < LEAST_MESSAGE {
+            bail!(
+                RS_ERR_INVALID,
+                "staging_bytes {staging} (the least of all ranks) is too small: a rank with {peers} peers needs at least {}",
+                4 * u64::from(peers) * LEAST_MESSAGE
+            );
+        }
+        let mut hashed: Vec<u8> = [planned.union.digest, message].iter().flat_map(|v| v.to_le_bytes()).collect();
+        hashed.extend(records.iter().flat_map(|r| r.table_digest.to_le_bytes()));
+        let Planned { union, plan, ordinals, names } = planned;
+        let mut out = Connected {
+            union,
+            plan,
+            ordinals,
+            names,
+            digest: xxh3_64(&hashed),
+            message,
+            bindings: records.iter().map(|r| r.binding).collect(),
+            links: Links::default(),
+            work: Work::default(),
+            subset: None,
+        };
+        // Others wait for this rank in there, so a failure ends the communicator rather than being agreed on.
+        self.open(comm, &mut out, deadline).map_err(|e| give_up(comm, e))?;
+        agree_outcome(comm, Ok((0, 0)), deadline)?;
+        Ok(out)
+    }
+
+    /// Whether the communicator can move this device's memory.
+    fn movable(&self, comm: &dyn Comm) -> Result<()> {
+        if comm.pipe().is_some() && self.device.id().0 != RS_DEVICE_CPU {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "communicator '{}' moves host memory only, the device is '{}'",
+                comm.name(),
+                self.device.name()
+            );
+        }
+        Ok(())
+    }
+
+    /// Every rank's table, in rank order: imported, or exchanged now. The outer error ends the communicator, the inner one is this
+    /// rank's opinion.
+    fn tables(
+        &self,
+        comm: &dyn Comm,
+        own: Table,
+        blob: Vec<u8>,
+        records: &[Record],
+        deadline: Deadline,
+    ) -> Result<Result<Vec<Table>>> {
+        let me = comm.rank();
+        if records.iter().all(|r| r.imported) {
+            let table = |(rank, record): (u32, &Record)| match self.imported.get(&rank) {
+                _ if rank == me => Ok(own.clone()),
+                Some((digest, table)) if *digest == record.table_digest => Ok(table.clone()),
+                _ => Err(err!(
+                    RS_ERR_MISMATCH,
+                    "the imported table of rank {rank} is not the one that it has: export and import it again"
+                )),
+            };
+            return Ok((0..).zip(records).map(table).collect());
+        }
+        if let Some(rank) = records.iter().position(|r| r.table_len > LONGEST_TABLE) {
+            let len = records[rank].table_len;
+            bail!(RS_ERR_MISMATCH, "rank {rank} announces a table of {len} bytes; at most {LONGEST_TABLE} are possible");
+        }
+        let longest = records.iter().map(|r| r.table_len).max().unwrap_or(0) as usize;
+        let mut blobs: Vec<Vec<u8>> = vec![vec![]; records.len()];
+        for from in (0..longest).step_by(SLICE) {
+            // All ranks send slices of one length, zeros beyond the end of theirs.
+            let mut slice = blob.get(from..).map_or(&[][..], |rest| &rest[..rest.len().min(SLICE)]).to_vec();
+            slice.resize((longest - from).min(SLICE), 0);
+            let all = comm.allgather(&slice, deadline).map_err(|e| give_up(comm, e))?;
+            for ((have, record), slice) in blobs.iter_mut().zip(records).zip(all.chunks_exact(slice.len())) {
+                let missing = record.table_len as usize - have.len();
+                have.extend_from_slice(&slice[..missing.min(slice.len())]);
+            }
+        }
+        let names: HashSet<&str> = own.tensors.iter().map(|t| t.name.as_str()).collect();
+        let table = |(rank, bytes): (u32, Vec<u8>)| {
+            let (from, mut table) =
+                Table::decode(&bytes).map_err(|e| e.context(format_args!("the table that rank {rank} sent")))?;
+            if from != rank {
+                bail!(RS_ERR_MISMATCH, "rank {rank} sent the table of rank {from}");
+            }
+            // Only rows that may meet this rank's own are kept; their order, which is all that plans use of it, stays.
+            let Table { tensors, tiles, .. } = &mut table;
+            tiles.retain(|t| names.contains(tensors[t.tensor as usize].name.as_str()));
+            tiles.shrink_to_fit();
+            Ok(table)
+        };
+        Ok((0..).zip(blobs).map(table).collect())
+    }
+
+    /// Opens windows and channels and lists the copies. Collective between the ranks that exchange weights.
+    pub(super) fn open(&self, comm: &dyn Comm, c: &mut Connected, deadline: Deadline) -> Result<()> {
+        c.subset = None;
+        c.links = Links::default();
+        if let Some(windows) = comm.windows() {
+            let mut offers = vec![];
+            let mut rows = vec![];
+            let mut owners = vec![];
+            let mut wanted = vec![];
+            for peer in &c.plan.peers {
+                if !peer.out.is_empty() {
+                    let row = offer(&peer.out);
+                    offers.push((peer.rank, row.iter().map(|&b| self.mems[b as usize]).collect()));
+                    rows.push((peer.rank, row));
+                }
+                if !peer.into.is_empty() {
+                    owners.push(peer.rank);
+                    wanted.push(offer(&peer.into));
+                }
+            }
+            let opened = windows.exchange(&offers, &owners, deadline)?;
+            for ((reader, row), access) in rows.into_iter().zip(opened.granted) {
+                c.links.granted.push((reader, row, access));
+            }
+            for ((owner, row), list) in owners.into_iter().zip(wanted).zip(opened.windows) {
+                if list.len() != row.len() {
+                    bail!(RS_ERR_PEER, "rank {owner} offered {} buffers where the plan reads {}", list.len(), row.len());
+                }
+                c.links.opened.push((owner, row, list.iter().map(Window::access).collect()));
+                c.links.windows.push((owner, list));
+            }
+        }
+        c.work = self.work(comm, c, None)?;
+        if let Some(pipe) = comm.pipe() {
+            let lanes = &c.work.lanes;
+            let to: Vec<u32> = lanes.iter().filter(|l| !l.out.is_empty()).map(|l| l.peer).collect();
+            let from: Vec<u32> = lanes.iter().filter(|l| !l.into.is_empty()).map(|l| l.peer).collect();
+            pipe.open(&to, &from, deadline)?;
+        }
+        Ok(())
+    }
+
+    /// The copies of all tensors, or of those marked (by ordinal).
+    pub(super) fn work(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>) -> Result<Work> {
+        let accept = |ordinal: u32| subset.is_none_or(|s| s[ordinal as usize]);
+        let accept_local = |row: u32| accept(c.ordinals[row as usize]);
+        let way = match comm.windows() {
+            Some(windows) => Way::Windows { windows, granted: &c.links.granted, opened: &c.links.opened },
+            None => Way::Group,
+        };
+        let work = build(&c.plan, &self.local, &accept_local, &accept, &way, c.message);
+        if let Some(rounds) = &work.group {
+            rounds.check()?;
+        }
+        Ok(work)
+    }
+}
+
+/// What planning makes of all tables.
+struct Planned {
+    union: Union,
+    plan: Plan,
+    ordinals: Vec<u32>,
+    names: BTreeMap<(u32, u32), String>,
+}
+
+impl Planned {
+    fn new(me: u32, places: &[Place], tables: Vec<Table>) -> Result<Planned> {
+        let (union, facts) = facts(me, &tables)?;
+        let plan = plan(me, places, &facts)?;
+        let own = &tables[me as usize].tensors;
+        let ordinal = |name: &str| union.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).map_or(0, |i| i as u32);
+        let ordinals = own.iter().map(|t| ordinal(&t.name)).collect();
+        let mut names = BTreeMap::new();
+        for peer in &plan.peers {
+            for p in &peer.into {
+                let row = p.src.buffer;
+                names.entry((peer.rank, row)).or_insert_with(|| tables[peer.rank as usize].buffers[row as usize].name.clone());
+            }
+        }
+        Ok(Planned { union, plan, ordinals, names })
+    }
+}
+
+/// Gathers how a step went on all ranks. An error of one is an error on all, with its text. Gives the most peers of any rank.
+fn agree_outcome(comm: &dyn Comm, own: std::result::Result<(u32, u64), &Error>, deadline: Deadline) -> Result<u32> {
+    let text = own.err().map_or("", |e| e.text());
+    let (peers, union) = own.unwrap_or((0, 0));
+    let status = own.err().map_or(RS_OK, |e| e.status());
+    let mine = Outcome { status, peers, union, text_len: text.len() as u32 };
+    let all = comm.allgather(&mine.encode(), deadline).map_err(|e| give_up(comm, e))?;
+    let all: Vec<Outcome> = all.chunks_exact(Outcome::LEN).map(Outcome::decode).collect();
+    if all.iter().all(|o| o.status == RS_OK) {
+        if let Some(rank) = all.iter().position(|o| o.union != all[0].union) {
+            bail!(RS_ERR_MISMATCH, "ranks 0 and {rank} see different unions of logical tensors: their tables changed under way");
+        }
+        return Ok(all.iter().map(|o| o.peers).max().unwrap_or(0));
+    }
+    let longest = all.iter().map(|o| o.text_len).max().unwrap_or(0).min(4096) as usize;
+    let mut padded = text.as_bytes()[..text.len().min(longest)].to_vec();
+    padded.resize(longest.max(1), 0);
+    let texts = comm.allgather(&padded, deadline).map_err(|e| give_up(comm, e))?;
+    // The cause first: a rank that found the fault rather than one that heard of it.
+    let failed: Vec<usize> = (0..all.len()).filter(|&r| all[r].status != RS_OK).collect();
+    let text = |r: usize| {
+        let bytes = &texts[r * longest.max(1)..][..(all[r].text_len as usize).min(longest)];
+        format!("rank {r}: {}", String::from_utf8_lossy(bytes))
+    };
+    let more = if failed.len() > 1 { format!(" (and {} more ranks failed)", failed.len() - 1) } else { String::new() };
+    let first = failed[0];
+    let status = if all[first].status < 0 { all[first].status } else { RS_ERR_INTERNAL };
+    Err(Error::new(status, format!("{}{more}", text(first))))
+}

@@ -1,0 +1,249 @@
+//! One rank's weights from creation to the last sync: created -> connected -> synced / torn / failed.
+//!
+//! [`connect`] agrees with the other ranks and plans, [`sync`] moves one version, [`describe`] tells about both. What a failed sync
+//! half wrote stays marked until another succeeds.
+//!
+//! Knows all the parts and their order in time. Must not know C, nor how a plan comes about or bytes move.
+#![forbid(unsafe_code)]
+
+pub mod connect;
+pub mod describe;
+pub mod host;
+pub mod state;
+pub mod sync;
+
+use crate::abi::*;
+use crate::comm::Comm;
+use crate::device::{Device, Mem, Stream};
+use crate::error::{Result, bail, err};
+use crate::layout::{Buffer, Layout};
+use crate::plan::local::{Local, plan_local};
+use crate::wire::Table;
+use connect::Connected;
+pub use state::{Control, Param};
+use state::{ParamState, Stats};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a container is made with; defaults are already filled in.
+pub struct Config {
+    /// For log lines and errors; see [`Container::label`].
+    pub label: String,
+    /// Who copies.
+    pub device: Arc<dyn Device>,
+    /// Identity of the host; `None`: found out.
+    pub host_id: Option<u64>,
+    /// Most staging in bytes.
+    pub staging: u64,
+    /// Threads that copy, the caller's included.
+    pub threads: usize,
+    /// Longest time of a collective call.
+    pub timeout: Duration,
+    /// The ranks, if they are known already.
+    pub comm: Option<Arc<dyn Comm>>,
+}
+
+/// One sync.
+#[derive(Clone, Debug, Default)]
+pub struct Sync {
+    /// The caller's stream.
+    pub stream: Stream,
+    /// The caller's version, not 0.
+    pub version: u64,
+    /// Names or prefixes ending in `*`.
+    pub only: Option<Vec<String>>,
+    /// Longest time of the call, if it is not the container's.
+    pub timeout: Option<Duration>,
+}
+
+/// Where a container is in its life.
+enum Phase {
+    Created,
+    Connected(Box<Connected>),
+    /// Why nothing moves any more.
+    Failed(String),
+}
+
+/// One rank's weights, its plan and its state.
+pub struct Container {
+    label: String,
+    device: Arc<dyn Device>,
+    host: u64,
+    staging: u64,
+    threads: usize,
+    timeout: Duration,
+    comm: Option<Arc<dyn Comm>>,
+    control: Arc<Control>,
+    layout: Layout,
+    mems: Vec<Mem>,
+    local: Local,
+    /// How often this rank was bound to addresses.
+    binding: u64,
+    imported: BTreeMap<u32, (u64, Table)>,
+    phase: Phase,
+    params: Vec<ParamState>,
+    stats: Stats,
+}
+
+impl Container {
+    /// Local. `mems[i]` is the memory of row i of the layout's buffers.
+    pub fn new(config: Config, layout: Layout, mems: Vec<Mem>) -> Result<Container> {
+        check_memory(&*config.device, &layout, &mems)?;
+        let control = Arc::new(Control::default());
+        control.set_comm(config.comm.clone());
+        let local = plan_local(&layout)?;
+        Ok(Container {
+            label: config.label,
+            device: config.device,
+            host: config.host_id.unwrap_or_else(host::host_id),
+            staging: config.staging,
+            threads: config.threads.max(1),
+            timeout: config.timeout,
+            comm: config.comm,
+            control,
+            params: vec![ParamState::default(); layout.buffers().len()],
+            local,
+            layout,
+            mems,
+            binding: 1,
+            imported: BTreeMap::new(),
+            phase: Phase::Created,
+            stats: Stats::default(),
+        })
+    }
+
+    /// What may be used beside a call in progress.
+    pub fn control(&self) -> Arc<Control> {
+        self.control.clone()
+    }
+
+    /// What the log lines and errors of its calls bear; the C interface adds it.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Another communicator; the next call must be [`Container::connect`].
+    pub fn set_comm(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
+        self.phase = Phase::Created;
+        self.imported.clear();
+        self.control.set_comm(Some(comm.clone()));
+        self.comm = Some(comm);
+        Ok(())
+    }
+
+    /// This rank's tables as bytes.
+    pub fn export(&self) -> Result<Vec<u8>> {
+        Table::of(&self.layout).encode(self.comm()?.rank())
+    }
+
+    /// Another rank's tables (or this rank's: checked). Once all ranks have all tables, connect exchanges none.
+    pub fn import(&mut self, blob: &[u8]) -> Result<()> {
+        let comm = self.comm()?;
+        let (digest, (rank, table)) = (Table::head(blob)?.1, Table::decode(blob)?);
+        if rank >= comm.world() {
+            bail!(RS_ERR_INVALID, "a table of rank {rank}, but the communicator has {} ranks", comm.world());
+        }
+        if rank == comm.rank() && table != Table::of(&self.layout) {
+            bail!(RS_ERR_MISMATCH, "the table of rank {rank} is not the one that this rank has");
+        }
+        self.imported.insert(rank, (digest, table));
+        self.phase = Phase::Created;
+        Ok(())
+    }
+
+    /// Other memory. With the same boxes a local call: plans stay, the next sync tells the others the addresses. With other boxes
+    /// every rank rebinds or not as it likes, and all connect.
+    pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>) -> Result<()> {
+        check_memory(&*self.device, &layout, &mems)?;
+        let local = plan_local(&layout)?;
+        let params = layout.buffers().iter().map(|b| self.carried(b)).collect();
+        if !self.layout.same_boxes(&layout) {
+            self.imported.clear();
+            self.phase = Phase::Created;
+        }
+        self.params = params;
+        self.binding += 1;
+        (self.layout, self.mems, self.local) = (layout, mems, local);
+        Ok(())
+    }
+
+    /// The tables, buffers in row order.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The target of that name, else the source.
+    pub fn param(&self, name: &str) -> Result<Param> {
+        let mut found: Vec<usize> = vec![];
+        for role in [RS_TARGET, RS_SOURCE] {
+            let buffers = self.layout.buffers().iter().enumerate();
+            found.extend(buffers.filter(|(_, b)| b.role & role != 0 && b.name == name).map(|(i, _)| i));
+            if !found.is_empty() {
+                break;
+            }
+        }
+        let param = match found[..] {
+            [] => bail!(RS_ERR_NOT_FOUND, "no parameter '{name}' on this rank"),
+            [row] => self.param_at(row)?,
+            _ => bail!(RS_ERR_AMBIGUOUS, "{} parameters have the name '{name}'; use rs_get_param_at()", found.len()),
+        };
+        if param.state == RS_PARAM_TORN {
+            bail!(
+                RS_ERR_TORN,
+                "parameter '{name}' is torn: a sync failed while it was written; sync again, or look at it with rs_get_param_at()"
+            );
+        }
+        Ok(param)
+    }
+
+    /// The buffer of row `index`, whatever its state.
+    pub fn param_at(&self, index: usize) -> Result<Param> {
+        match self.params.get(index) {
+            Some(s) => Ok(Param { buffer: index, state: s.state, version: s.version }),
+            None => bail!(RS_ERR_NOT_FOUND, "parameter {index}: this rank has {}", self.params.len()),
+        }
+    }
+
+    /// What is known of memory after a rebind: what was torn stays torn, whatever it is called now; the same buffer keeps its state.
+    fn carried(&self, new: &Buffer) -> ParamState {
+        let mut state = ParamState::default();
+        for (old, known) in self.layout.buffers().iter().zip(&self.params) {
+            if known.state == RS_PARAM_TORN && old.addr < new.addr + new.bytes && new.addr < old.addr + old.bytes {
+                return ParamState { state: RS_PARAM_TORN, version: 0 };
+            }
+            if (&old.name, old.addr, old.bytes, old.role) == (&new.name, new.addr, new.bytes, new.role) {
+                state = *known;
+            }
+        }
+        state
+    }
+
+    fn comm(&self) -> Result<Arc<dyn Comm>> {
+        self.comm.clone().ok_or_else(|| err!(RS_ERR_STATE, "the container has no communicator; call rs_container_set_comm()"))
+    }
+}
+
+/// Every buffer lies on the device, and in the memory given for it.
+fn check_memory(device: &dyn Device, layout: &Layout, mems: &[Mem]) -> Result<()> {
+    for (buffer, mem) in layout.buffers().iter().zip(mems) {
+        let (kind, id) = device.id();
+        if (buffer.device_type, buffer.device_id) != (kind, id) {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "buffer '{}' is on device (type {}, id {}), the container's device '{}' is (type {kind}, id {id})",
+                buffer.name,
+                buffer.device_type,
+                buffer.device_id,
+                device.name()
+            );
+        }
+        if (mem.addr() as u64, mem.len() as u64) != (buffer.addr, buffer.bytes) {
+            bail!(RS_ERR_INTERNAL, "buffer '{}' and its memory differ", buffer.name);
+        }
+    }
+    if layout.buffers().len() != mems.len() {
+        bail!(RS_ERR_INTERNAL, "{} buffers with {} blocks of memory", layout.buffers().len(), mems.len());
+    }
+    Ok(())
+}
