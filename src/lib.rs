@@ -16,3 +16,4 @@ pub mod device;
 pub mod comm;
 pub mod exec;
 pub mod container;
+pub mod ffi;

@@ -1,0 +1,861 @@
+/*
+ * libreshard: moves the weights of a training job into an inference engine, in place.
+ *
+ * A logical tensor is a tensor of the Hugging Face checkpoint. A buffer is memory that a rank owns, under its framework's own name. A
+ * tile says which box of a tensor lies in which buffer, where and with which strides. Each rank gives its three tables to a container
+ * (rs_container_create), the ranks connect (rs_container_connect), and from then on each rs_sync_weights() fills every target with what
+ * the sources hold:
+ *
+ *     rs_comm_t *comm;
+ *     rs_container_t *container;
+ *     rs_comm_local_t local = {0};
+ *     rs_config_t config = {0};
+ *     rs_sync_t sync = {0};
+ *
+ *     local.struct_size = sizeof local;
+ *     local.name = "run-17";
+ *     local.rank = rank;
+ *     local.world = world;
+ *     config.struct_size = sizeof config;
+ *     config.abi = RS_ABI;
+ *     sync.struct_size = sizeof sync;
+ *     sync.version = 1;
+ *
+ *     if (rs_comm_local(&local, &comm) != RS_OK) die(rs_last_error());
+ *     config.comm = comm;
+ *     if (rs_container_create(&config, &layout, &container) != RS_OK) die(rs_last_error());
+ *     if (rs_container_connect(container) != RS_OK) die(rs_last_error());
+ *     if (rs_sync_weights(container, &sync) != RS_OK) die(rs_last_error());
+ *
+ * Errors. A function that can fail answers an rs_status_t: RS_OK (0), RS_IN_PROGRESS (1), or a negative RS_ERR_*. rs_last_error() is the
+ * text of this thread's last failing call. Results are written on success only, except *len with RS_ERR_TOO_SMALL. The number tells
+ * what is lost:
+ *   -1 to -19   the call was wrong; nothing changed.
+ *   -20 to -39  the layouts do not fit each other; nothing moved.
+ *   -40 and on  the container failed (RS_IS_FATAL): give it a new communicator and connect again. After RS_ERR_INTERNAL, destroy it.
+ * A bug in the library (a Rust panic) is RS_ERR_INTERNAL and never ends the process.
+ *
+ * Growth. A struct that starts with struct_size may grow at its end: zero it, set struct_size to sizeof, fill in what you need. A
+ * struct shorter than the library's is filled up with zeros, and zero always means the old behaviour; a longer one is fine while the
+ * part that the library does not know is zero, else RS_ERR_UNKNOWN_FIELD names the first byte that is not. A table states the size
+ * of its rows, to the same rule. Of a struct that is a result (rs_param_t) only struct_size is read; the rest is written, zeros where
+ * the library has nothing. Reserved fields and unknown flags must be 0.
+ *
+ * Ownership. Structs, tables and strings that go in are copied. Weight memory is borrowed until rebind or destroy. What comes out is
+ * borrowed from its handle and says until when. Handles are counted: a container holds its own reference to its communicator, so the
+ * two may be destroyed in any order. Several containers may share a communicator, which then must sync one after the other, in the
+ * same order on all ranks.
+ *
+ * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a
+ * time. Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside
+ * nothing. No thread of the library outlives a call. A fork()ed child may not use a handle of its parent.
+ *
+ * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
+ * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
+ * happened to the other ranks.
+ *
+ * Streams. With weights on a device rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued on rs_sync_t.stream: the
+ * stream's end means that this rank has landed, rs_container_poll() tells when all ranks have. On host memory it returns when done.
+ * NULL is the device's default stream. This version waits for a caller's device (rs_device_t) inside the call too, and so never answers
+ * RS_IN_PROGRESS; who polls while he gets it is ready for a version that does.
+ *
+ * Units and codes. Shapes, extents and strides count elements; offsets and sizes count bytes; timeouts milliseconds. Element types
+ * and devices have DLPack's codes. Strings are UTF-8 and end with NUL. What is long or changes often is JSON.
+ */
+
+#ifndef RESHARD_H
+#define RESHARD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Whether a status says that the container failed: it needs a new communicator and rs_container_connect(). */
+#define RS_IS_FATAL(status) ((status) <= -40)
+
+/** Number of this binary interface, the SONAME's number too. It changes only when callers must be recompiled. */
+#define RS_ABI 1
+
+/** Most axes of a tensor, buffer or tile. */
+#define RS_MAX_RANK 8
+
+/** What a call answers: RS_OK, RS_IN_PROGRESS, or a negative RS_ERR_*. An integer, not a C enum: more numbers may come. */
+typedef int32_t rs_status_t;
+
+/** Done. (For rs_sync_weights(): on every rank.) */
+#define RS_OK 0
+
+/** Under way: rs_container_poll() tells the end. */
+#define RS_IN_PROGRESS 1
+
+/** From here to -19 the call was wrong and nothing changed. This one: an argument is wrong; the text names it. */
+#define RS_ERR_INVALID -1
+
+/** A struct is longer than this library knows and uses its unknown part: the caller was built for a newer library. */
+#define RS_ERR_UNKNOWN_FIELD -2
+
+/** Understood, but not built (the text says what): nothing is approximated. */
+#define RS_ERR_UNSUPPORTED -3
+
+/** No such parameter or tensor. */
+#define RS_ERR_NOT_FOUND -4
+
+/** Several parameters have this name (virtual-pipeline chunks); use rs_get_param_at(). */
+#define RS_ERR_AMBIGUOUS -5
+
+/** The caller's buffer is too small; `*len` says what is needed. */
+#define RS_ERR_TOO_SMALL -6
+
+/** Another thread is inside a call on this handle: try again when it is done. */
+#define RS_ERR_BUSY -7
+
+/** Not now: the container is not connected, or has failed. */
+#define RS_ERR_STATE -8
+
+/** A failed sync left this parameter half written; the next successful sync heals it. */
+#define RS_ERR_TORN -9
+
+/**
+ * From here to -39 the layouts do not fit and nothing moved. This one: a table of one rank is wrong in itself: a tile out of its
+ * buffer, two targets on one element, a target element in no tile.
+ */
+#define RS_ERR_LAYOUT -20
+
+/** A target element has no source on any rank. */
+#define RS_ERR_COVERAGE -21
+
+/** Ranks disagree: shapes, dtypes, versions, the list in `only`, the library itself. */
+#define RS_ERR_MISMATCH -22
+
+/**
+ * From here on the container failed (RS_IS_FATAL): it needs a new communicator and rs_container_connect(). This one: a deadline
+ * passed; the text names who was waited for.
+ */
+#define RS_ERR_TIMEOUT -40
+
+/** A peer is dead or failed; the text names it. */
+#define RS_ERR_PEER -41
+
+/** rs_container_abort() was called, here or on another rank. */
+#define RS_ERR_ABORTED -42
+
+/** The communicator failed. */
+#define RS_ERR_COMM -43
+
+/** The device failed. */
+#define RS_ERR_DEVICE -44
+
+/** No memory. */
+#define RS_ERR_MEMORY -45
+
+/** A bug in this library, a panic for instance. Destroy the container. */
+#define RS_ERR_INTERNAL -46
+
+/** `rs_buffer_t.role`, bit: the trainer's side, read by a sync. */
+#define RS_SOURCE 1
+
+/** `rs_buffer_t.role`, bit: the engine's side, written by a sync. */
+#define RS_TARGET 2
+
+/** `rs_buffer_t.flags`: elements of this target buffer that lie in no tile are padding: never written, never an error. */
+#define RS_BUFFER_PADDED 1
+
+/** `rs_tile_t.transform`: the bytes are copied as they are. */
+#define RS_TRANSFORM_NONE 0
+
+/** `device_type` of host memory (DLPack's kDLCPU). */
+#define RS_DEVICE_CPU 1
+
+/**
+ * `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv); a
+ * refused read is an error.
+ */
+#define RS_LOCAL_READ 1
+
+/** `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() always passes through shared-memory rings. */
+#define RS_LOCAL_RING 2
+
+/** `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong). */
+#define RS_PARAM_INITIAL 0
+
+/** `rs_param_t.state`: whole, at `version`. */
+#define RS_PARAM_SYNCED 1
+
+/** `rs_param_t.state`: whole here at `version`, but the sync ended without hearing from all ranks. */
+#define RS_PARAM_LANDED 2
+
+/** `rs_param_t.state`: a failed sync wrote a part of it. */
+#define RS_PARAM_TORN 3
+
+/** `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it. */
+#define RS_DESCRIBE_PLAN 1
+
+/** `what` of rs_container_describe(): the last sync (bytes, seconds, staging) and the container's state. */
+#define RS_DESCRIBE_STATS 2
+
+/** `what` of rs_container_describe(): this rank's tensors, buffers and tiles. */
+#define RS_DESCRIBE_LAYOUT 3
+
+/** `max_level` of rs_set_log(): no lines. */
+#define RS_LOG_OFF 0
+
+/** Log level: something failed. */
+#define RS_LOG_ERROR 1
+
+/** Log level: something is not as it should be. */
+#define RS_LOG_WARN 2
+
+/** Log level: a choice that was made: which way, how much staging. */
+#define RS_LOG_INFO 3
+
+/** Log level: a line a step. */
+#define RS_LOG_DEBUG 4
+
+/** Log level: everything. */
+#define RS_LOG_TRACE 5
+
+/**
+ * A container: one rank's weights, its plan and its state. From rs_container_create() to rs_container_destroy(). Each function says
+ * what may run beside it; a second thread gets RS_ERR_BUSY.
+ */
+typedef struct rs_container_t rs_container_t;
+
+/**
+ * A reference to a communicator: a fixed set of ranks and a way between them. From one of the rs_comm_*() functions to
+ * rs_comm_destroy(). It fails once: after an abort, a dead peer or a missed deadline another one must be made.
+ */
+typedef struct rs_comm_t rs_comm_t;
+
+/** A world spec with one rank's pointers. Reserved: presets are not built yet. */
+typedef struct rs_preset_t rs_preset_t;
+
+/** An element type, DLPack's codes: bf16 is {4, 16, 1}, fp16 {2, 16, 1}, fp32 {2, 32, 1}, int8 {0, 8, 1}. */
+typedef struct rs_dtype_t {
+    /** DLDataTypeCode. */
+    uint8_t code;
+    /** Bits of one lane: 8, 16, 32, 64 or 128. */
+    uint8_t bits;
+    /** 1. */
+    uint16_t lanes;
+} rs_dtype_t;
+
+/**
+ * A row of the tensor table: a logical tensor, a tensor of the Hugging Face checkpoint. All ranks that name it give it the same
+ * shape.
+ */
+typedef struct rs_tensor_t {
+    /** Hugging Face name, for instance `model.layers.3.self_attn.q_proj.weight`. */
+    const char *name;
+    /** Number of axes, 0 to RS_MAX_RANK; the entries of `shape` beyond it are not read. */
+    uint32_t rank;
+    /** 0. */
+    uint32_t reserved;
+    /** Extents in elements, each at least 1. */
+    int64_t shape[RS_MAX_RANK];
+} rs_tensor_t;
+
+/** A row of the buffer table: memory that this rank owns, under its own parameter name. */
+typedef struct rs_buffer_t {
+    /** The framework's parameter name; unique among this rank's buffers of the same role, but for virtual-pipeline chunks. */
+    const char *name;
+    /** First element. Borrowed until rs_container_rebind() or rs_container_destroy(). */
+    void *data;
+    /** Bytes from `data` that belong to it. */
+    uint64_t size_bytes;
+    /** DLPack device type: that of `rs_config_t.device`, without one RS_DEVICE_CPU. */
+    int32_t device_type;
+    /** DLPack device id: that of `rs_config_t.device`, without one 0. */
+    int32_t device_id;
+    /** RS_SOURCE, RS_TARGET or both. */
+    uint32_t role;
+    /** RS_BUFFER_PADDED or 0. */
+    uint32_t flags;
+    /** Element type. */
+    rs_dtype_t dtype;
+    /** Number of axes, 0 to RS_MAX_RANK. */
+    uint32_t ndim;
+    /** Extents in elements, each at least 1. */
+    int64_t shape[RS_MAX_RANK];
+    /**
+     * Elements from one index to the next, at least 1. They nest: sorted, each is at least the next one times its extent; anything where
+     * the extent is 1.
+     */
+    int64_t strides[RS_MAX_RANK];
+} rs_buffer_t;
+
+/**
+ * A row of the tile table: the box [origin, origin + extent) of a tensor, seen through `view` (a reshape of it), lies in a buffer,
+ * its element i at byte_offset + itemsize * sum((i - origin) * stride).
+ *
+ * A tensor of shape {1024, 64} of which a rank holds the rows from 256 to 511, dense at the start of a buffer: view {1024, 64},
+ * origin {256, 0}, extent {256, 64}, stride {64, 1}, byte_offset 0. A view is for cuts that the tensor's own axes do not show: one
+ * group of a fused projection's rows, for instance.
+ */
+typedef struct rs_tile_t {
+    /** Row of the tensor table. */
+    uint32_t tensor;
+    /** Row of the buffer table. */
+    uint32_t buffer;
+    /** Number of axes of the view, 0 to RS_MAX_RANK. */
+    uint32_t rank;
+    /** RS_TRANSFORM_NONE. */
+    uint32_t transform;
+    /** Bytes from the buffer's `data` to the box's first element; a multiple of the item size. */
+    uint64_t byte_offset;
+    /** A reshape of the tensor: the same number of elements, row-major. */
+    int64_t view[RS_MAX_RANK];
+    /** First index on each axis. */
+    int64_t origin[RS_MAX_RANK];
+    /** Indices on each axis, at least 1. */
+    int64_t extent[RS_MAX_RANK];
+    /** Elements of the buffer from one index to the next: at least 1, and nesting; anything where the extent is 1. */
+    int64_t stride[RS_MAX_RANK];
+} rs_tile_t;
+
+/** One rank's three tables. A row may be longer than this library knows while its unknown tail is zero. */
+typedef struct rs_layout_t {
+    /** sizeof(rs_layout_t). */
+    size_t struct_size;
+    /** Logical tensors of this rank's tiles. */
+    const rs_tensor_t *tensors;
+    /** Rows of `tensors`. */
+    size_t tensor_count;
+    /** sizeof(rs_tensor_t). */
+    size_t tensor_size;
+    /** This rank's parameters. */
+    const rs_buffer_t *buffers;
+    /** Rows of `buffers`. */
+    size_t buffer_count;
+    /** sizeof(rs_buffer_t). */
+    size_t buffer_size;
+    /** What lies where. */
+    const rs_tile_t *tiles;
+    /** Rows of `tiles`. */
+    size_t tile_count;
+    /** sizeof(rs_tile_t). */
+    size_t tile_size;
+} rs_layout_t;
+
+/** Most axes of an rs_copy_t. */
+#define RS_MAX_COPY_RANK 8
+
+/**
+ * One strided copy for the caller's device: the run of bytes number (i0, i1, ...) goes from src + sum(i * src_stride) to
+ * dst + sum(i * dst_stride), each i from 0 to extent - 1.
+ */
+typedef struct rs_copy_t {
+    /** First element read. */
+    const void *src;
+    /** First element written. */
+    void *dst;
+    /** Contiguous bytes of a run; a multiple of the item size, one item where the two sides lie transposed. */
+    uint64_t run_bytes;
+    /** Number of axes; 0: a single run. */
+    uint32_t rank;
+    /** 0. */
+    uint32_t reserved;
+    /** Indices on each axis, the slowest first; unused entries are 0. */
+    uint64_t extent[RS_MAX_COPY_RANK];
+    /** Bytes from one index to the next at the source. */
+    uint64_t src_stride[RS_MAX_COPY_RANK];
+    /** Bytes from one index to the next at the target. */
+    uint64_t dst_stride[RS_MAX_COPY_RANK];
+} rs_copy_t;
+
+/**
+ * The caller's device, for `rs_config_t.device`. Zero it and set struct_size, device_type, device_id and the functions.
+ *
+ * The functions answer RS_OK or a negative status; any other answer is a failure too, and the text of the library's error holds its
+ * number. They may be called on any thread that is inside a call on the container, by several at once; they may not call this library
+ * and may not throw. Streams are those of the caller's syncs, NULL being the default stream; the library makes none.
+ */
+typedef struct rs_device_t {
+    /** sizeof(rs_device_t). */
+    size_t struct_size;
+    /** First argument of every function. From a successful rs_container_create() until `release` it is the library's. */
+    void *ctx;
+    /** Called once, when the container is destroyed; may be NULL. Not called if rs_container_create() fails. */
+    void (*release)(void *ctx);
+    /** DLPack device type of the buffers it copies; not RS_DEVICE_CPU. */
+    int32_t device_type;
+    /** DLPack device id. */
+    int32_t device_id;
+    /**
+     * Staging memory of at least `bytes`, aligned to 256 bytes, into *out. The communicator sends from it and receives into it.
+     * Required.
+     */
+    rs_status_t (*alloc)(void *ctx, uint64_t bytes, void **out);
+    /** Gives staging memory back; copies that were started may still be under way. Required. */
+    void (*free)(void *ctx, void *memory);
+    /**
+     * Starts `count` copies, at least 1, on a stream: after all that was started on it before, in any order among themselves; no two
+     * overlap. The rows are valid during the call only. Required.
+     */
+    rs_status_t (*copy)(void *ctx, const rs_copy_t *copies, size_t count, void *stream);
+    /** Marks what was started on the stream so far; the mark goes into *out. Required. */
+    rs_status_t (*event_record)(void *ctx, void *stream, void **out);
+    /** Lets what is started later on the stream wait for the mark. Does not wait itself. Required. */
+    rs_status_t (*event_wait)(void *ctx, void *stream, void *event);
+    /** RS_OK: everything before the mark is done; RS_IN_PROGRESS: not yet. Does not wait. Required. */
+    rs_status_t (*event_query)(void *ctx, void *event);
+    /** Gives the mark back. Required. */
+    void (*event_destroy)(void *ctx, void *event);
+} rs_device_t;
+
+/** What a container is made with. Zero it and set struct_size, abi and comm. */
+typedef struct rs_config_t {
+    /** sizeof(rs_config_t). */
+    size_t struct_size;
+    /** RS_ABI. */
+    uint32_t abi;
+    /** 0. */
+    uint32_t flags;
+    /** The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows. */
+    rs_comm_t *comm;
+    /** The caller's device, for buffers on it; NULL: host memory. Copied. */
+    const rs_device_t *device;
+    /** NULL: the layout argument of rs_container_create() gives the tables. Presets are not built yet. */
+    const rs_preset_t *preset;
+    /** Equal on ranks of one host, for the choice of the nearest sender; 0: found out. */
+    uint64_t host_id;
+    /**
+     * Most staging memory of this rank in bytes; 0: 256 MiB. The least of all ranks holds; connect refuses less than 16 KiB for each
+     * rank that one exchanges weights with.
+     */
+    uint64_t staging_bytes;
+    /** Threads that copy host memory during a sync, the caller's included, at most 1,024; 0: 1. They end with the call. */
+    uint32_t host_threads;
+    /** Longest that a connect or a sync may take, in milliseconds; 0: 60,000. Then it fails on all ranks. */
+    uint32_t timeout_ms;
+    /** A label for log lines and errors; NULL: none. Copied. */
+    const char *name;
+} rs_config_t;
+
+/**
+ * Hears of the progress of a sync on this rank, in bytes, on the thread that called rs_sync_weights(). It may not call this library,
+ * but for rs_container_poll() and rs_container_abort(), and may not throw.
+ */
+typedef void (*rs_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_total);
+
+/** One sync. Zero it and set struct_size and version. */
+typedef struct rs_sync_t {
+    /** sizeof(rs_sync_t). */
+    size_t struct_size;
+    /** The device's stream; NULL: its default stream. Ignored for host memory. */
+    void *stream;
+    /** The caller's number for these weights, not 0, equal on all ranks. */
+    uint64_t version;
+    /**
+     * Logical names, or prefixes ending in `*`: only these tensors move. Equal on all ranks. A target parameter has one version, so
+     * all of its tensors are named or none; an entry that names nothing on any rank is an error. NULL or no entries: all.
+     */
+    const char *const *only;
+    /** Entries of `only`. */
+    size_t only_count;
+    /** Longest that the call may take, in milliseconds; 0: the container's. */
+    uint32_t timeout_ms;
+    /** 0. */
+    uint32_t flags;
+    /** Called now and then while bytes move; NULL: never. */
+    rs_progress_fn progress;
+    /** First argument of `progress`. */
+    void *progress_user;
+} rs_sync_t;
+
+/**
+ * What rs_get_param() tells of a parameter. The caller sets struct_size, the library the rest. Pointers are borrowed from the
+ * container until rs_container_rebind() or rs_container_destroy().
+ */
+typedef struct rs_param_t {
+    /** sizeof(rs_param_t), set by the caller. */
+    size_t struct_size;
+    /** As in the buffer table. */
+    const char *name;
+    /** The framework's own pointer, `rs_buffer_t.data`. */
+    void *data;
+    /** As in the buffer table. */
+    uint64_t size_bytes;
+    /** DLPack device type. */
+    int32_t device_type;
+    /** DLPack device id. */
+    int32_t device_id;
+    /** Element type. */
+    rs_dtype_t dtype;
+    /** Number of axes. */
+    uint32_t ndim;
+    /** `ndim` extents in elements. */
+    const int64_t *shape;
+    /** `ndim` strides in elements. */
+    const int64_t *strides;
+    /** RS_SOURCE, RS_TARGET or both. */
+    uint32_t role;
+    /** Virtual-pipeline chunk; 0 through tables. */
+    uint32_t model_chunk;
+    /** RS_PARAM_*. */
+    uint32_t state;
+    /** 0. */
+    uint32_t reserved;
+    /** Version of the last sync that this parameter is whole at; 0: none. */
+    uint64_t version;
+} rs_param_t;
+
+/** A communicator of the processes of one host. Zero it and set struct_size, name and world. */
+typedef struct rs_comm_local_t {
+    /** sizeof(rs_comm_local_t). */
+    size_t struct_size;
+    /** Names the run: processes of one user that give the same name, on one host, meet. At most 64 bytes. Copied. */
+    const char *name;
+    /** This process's rank, 0-based. */
+    int32_t rank;
+    /** Number of ranks. */
+    int32_t world;
+    /** Longest wait for the others, in milliseconds; 0: 60,000. */
+    uint32_t timeout_ms;
+    /** RS_LOCAL_*, equal on all ranks. */
+    uint32_t flags;
+} rs_comm_local_t;
+
+/**
+ * The caller's communicator, for rs_comm_custom(). Zero it and set struct_size, rank, world_size and the required functions.
+ *
+ * The functions answer RS_OK or a negative status; any other answer is a failure too, and the text of the library's error holds its
+ * number. After the first failure the library calls `abort` and `release` only. They are called on the thread that is inside
+ * rs_container_connect() or rs_sync_weights(), one at a time; `abort` on any thread, beside any of them. They may not call this
+ * library and may not throw. A sync gathers a few words from all ranks, then runs groups, each `group_begin`, some `send` and `recv`,
+ * `group_end`, then `poll` until it answers RS_OK; then it gathers again. On all ranks the groups have the same order, but a rank may
+ * have a part in some of them only.
+ */
+typedef struct rs_comm_ops_t {
+    /** sizeof(rs_comm_ops_t). */
+    size_t struct_size;
+    /** First argument of every function. From a successful rs_comm_custom() until `release` it is the library's. */
+    void *ctx;
+    /** Called once, when the last reference to the communicator goes, on the thread that gives it back; may be NULL. */
+    void (*release)(void *ctx);
+    /** This rank, from 0. */
+    int32_t rank;
+    /** Number of ranks. */
+    int32_t world_size;
+    /**
+     * Collective, host memory: `bytes` (the same number everywhere) from every rank, in rank order, into `recv` (world_size * bytes).
+     * Returns within timeout_ms, with an error if a rank is missing then. Required.
+     */
+    rs_status_t (*allgather)(void *ctx, const void *send, void *recv, uint64_t bytes, uint32_t timeout_ms);
+    /** Opens a group of sends and receives. Required. */
+    rs_status_t (*group_begin)(void *ctx);
+    /**
+     * Starts the group; may return before it is complete. All its operations progress together: a rank that sends to another before it
+     * receives from it must not wait for ever. Required.
+     */
+    rs_status_t (*group_end)(void *ctx);
+    /**
+     * Within a group: sends `bytes` at `data` to `peer`. Messages to one peer arrive in order, each whole and as long as its `recv`
+     * says. The memory stays as it is until `poll` answers RS_OK. `stream` is that of the sync: what was started on it before comes
+     * first; host memory ignores it. Required.
+     */
+    rs_status_t (*send)(void *ctx, const void *data, uint64_t bytes, int32_t peer, void *stream);
+    /** Within a group: receives exactly `bytes` from `peer` into `data`. Required. */
+    rs_status_t (*recv)(void *ctx, void *data, uint64_t bytes, int32_t peer, void *stream);
+    /** RS_OK: all groups ended so far are complete; RS_IN_PROGRESS: not yet. Does not wait. Required. */
+    rs_status_t (*poll)(void *ctx);
+    /**
+     * Gives up, once, after rs_container_abort() or the first failure: calls in progress return an error, here and, as far as it can
+     * tell them, on the peers. When it has returned, no memory given to `send` or `recv` is touched any more, but by a call that is
+     * still in progress. May be NULL: then such memory is touched inside calls only, and the peers wait for their deadline.
+     */
+    void (*abort)(void *ctx);
+} rs_comm_ops_t;
+
+/** A parameter of a preset and its memory. Reserved: presets are not built yet. */
+typedef struct rs_bind_t {
+    /** sizeof(rs_bind_t). */
+    size_t struct_size;
+    /** The framework's parameter name. */
+    const char *name;
+    /** RS_SOURCE, RS_TARGET or both. */
+    uint32_t role;
+    /** Virtual-pipeline chunk. */
+    uint32_t model_chunk;
+    /** As in the buffer table. */
+    void *data;
+    /** As in the buffer table. */
+    uint64_t size_bytes;
+    /** DLPack device type. */
+    int32_t device_type;
+    /** DLPack device id. */
+    int32_t device_id;
+    /** Element type. */
+    rs_dtype_t dtype;
+    /** Number of axes. */
+    uint32_t ndim;
+    /** `ndim` extents in elements. */
+    const int64_t *shape;
+    /** `ndim` strides in elements. */
+    const int64_t *strides;
+} rs_bind_t;
+
+/**
+ * Receives log lines: level (RS_LOG_*), the container's label (`rs_config_t.name`) or, without one, the name of the library's module,
+ * and the text. For the rules see rs_set_log().
+ */
+typedef void (*rs_log_fn)(void *user, uint32_t level, const char *label, const char *text);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/**
+ * Makes a container for this rank's weights.
+ *
+ * Checks everything that one rank can check alone: bounds of every tile, strides, overlaps, target elements in no tile. The error
+ * names the row by its number and name.
+ *
+ * - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
+ * - layout: the tables. Copied, with all names. The weights themselves (`rs_buffer_t.data`) are borrowed: they stay where they are
+ *   until rs_container_rebind() or rs_container_destroy(). A rank without weights gives tables of no rows.
+ * - out: the new container, the caller's to destroy.
+ *
+ * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (presets, transforms, memory of a
+ * device that config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves).
+ */
+rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *layout, rs_container_t **out);
+
+/**
+ * Agrees with the other ranks, exchanges the tables and plans: afterwards every element of every target has exactly one sender.
+ *
+ * Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
+ * boxes.
+ *
+ * Collective: every rank of the communicator calls it, a rank without weights too. Waits for the others, at most
+ * `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
+ *
+ * Errors: RS_ERR_STATE (no communicator), RS_ERR_COVERAGE (an element that no rank holds: names parameter and box),
+ * RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another version of this library on some rank),
+ * RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
+ */
+rs_status_t rs_container_connect(rs_container_t *container);
+
+/**
+ * This rank's tables as bytes, for callers that carry them to the other ranks themselves: give rs_container_import() the bytes of
+ * every rank before connect, and connect exchanges digests only. The bytes hold names, shapes and boxes; no addresses, no weights.
+ *
+ * - buf, cap: the caller's buffer and its length in bytes; with cap 0 buf may be NULL.
+ * - len: the number of bytes written; with RS_ERR_TOO_SMALL the number needed.
+ *
+ * Local. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_STATE (no communicator yet: the bytes name the rank), RS_ERR_BUSY.
+ */
+rs_status_t rs_container_export(const rs_container_t *container, void *buf, size_t cap, size_t *len);
+
+/**
+ * Takes the tables of one rank, as rs_container_export() gave them there. Copied; connect follows. Where every rank has imported all
+ * the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
+ *
+ * Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
+ * RS_ERR_STATE (no communicator yet), RS_ERR_BUSY.
+ */
+rs_status_t rs_container_import(rs_container_t *container, const void *blob, size_t len);
+
+/**
+ * Gives the container another layout: exactly one of layout and preset, the other is NULL. What rs_get_param() gave so far ends.
+ *
+ * Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. With other boxes
+ * rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
+ * the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
+ *
+ * Errors: as rs_container_create(), and RS_ERR_BUSY. After an error the former layout holds.
+ */
+rs_status_t rs_container_rebind(rs_container_t *container, const rs_layout_t *layout, const rs_preset_t *preset);
+
+/**
+ * Gives the container a communicator: its first, or another one after a failure. The container takes a reference of its own and
+ * gives the former back; rs_container_connect() follows.
+ *
+ * Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY.
+ */
+rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
+
+/**
+ * Moves the weights: what the sources hold goes into the targets' own memory.
+ *
+ * RS_OK: every rank has landed this version. With weights on a device it may answer RS_IN_PROGRESS instead: all is enqueued on
+ * sync->stream, the stream's end means that this rank has landed, and rs_container_poll() tells when all have.
+ *
+ * While it runs, no source may be written and no target read. When it returns, whatever it answers, no rank reads this rank's
+ * sources any more. After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+ * written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
+ * succeeds.
+ *
+ * Collective: every rank of the communicator calls it, with the same version and the same `only`. No rank waits longer than its
+ * timeout. sync is copied; the progress function is called on this thread, during the call.
+ *
+ * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again), RS_ERR_NOT_FOUND (an entry
+ * of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY,
+ * and the fatal ones, after which the container needs a new communicator and a connect.
+ */
+rs_status_t rs_sync_weights(rs_container_t *container, const rs_sync_t *sync);
+
+/**
+ * How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while
+ * one runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until
+ * it answers otherwise.
+ *
+ * Does not wait. Any thread, at any time, beside any other call.
+ */
+rs_status_t rs_container_poll(const rs_container_t *container);
+
+/**
+ * Gives up: calls in progress on this container, and on the other ranks of its communicator, end soon with RS_ERR_ABORTED. The
+ * communicator is of no use afterwards: rs_container_set_comm() and rs_container_connect() start over.
+ *
+ * Does not wait. Any thread, at any time, beside any other call.
+ */
+rs_status_t rs_container_abort(const rs_container_t *container);
+
+/**
+ * The parameter of this name as the framework knows it: the target of that name, else the source.
+ *
+ * - name: `rs_buffer_t.name`.
+ * - out: set out->struct_size; the rest is written. Its pointers are borrowed from the container until rebind or destroy.
+ *
+ * Local; other reading calls may run beside it. Errors: RS_ERR_NOT_FOUND, RS_ERR_AMBIGUOUS (several have it: use
+ * rs_get_param_at()), RS_ERR_TORN (a failed sync left it half written), RS_ERR_BUSY (a sync is running).
+ */
+rs_status_t rs_get_param(const rs_container_t *container, const char *name, rs_param_t *out);
+
+/**
+ * The parameter of buffer row `index`, torn or not: out->state tells. For all parameters, count up from 0 until RS_ERR_NOT_FOUND.
+ *
+ * Otherwise as rs_get_param().
+ */
+rs_status_t rs_get_param_at(const rs_container_t *container, size_t index, rs_param_t *out);
+
+/**
+ * Tells about the plan, the last sync or the layout, as JSON. Readers skip members that they do not know: more may come.
+ *
+ * - what: RS_DESCRIBE_PLAN, RS_DESCRIBE_STATS or RS_DESCRIBE_LAYOUT.
+ * - param: NULL; or a parameter's name: with RS_DESCRIBE_PLAN, who sends each of its boxes.
+ * - buf, cap: the caller's buffer and its length in bytes; with cap 0 buf may be NULL.
+ * - len: the bytes written, the final NUL among them; with RS_ERR_TOO_SMALL the bytes needed.
+ *
+ * Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_NOT_FOUND, RS_ERR_STATE (a plan
+ * before connect), RS_ERR_BUSY.
+ */
+rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what, const char *param, char *buf, size_t cap, size_t *len);
+
+/**
+ * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
+ *
+ * The last call on it, on any thread, beside no other. It does not wait for other ranks.
+ */
+void rs_container_destroy(rs_container_t *container);
+
+/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. Describe the weights by tables. */
+rs_status_t rs_preset_create(const char *spec_json, int32_t rank, rs_preset_t **out);
+
+/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
+rs_status_t rs_preset_bind(rs_preset_t *preset, const rs_bind_t *bind);
+
+/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
+rs_status_t rs_preset_layout(rs_preset_t *preset, rs_layout_t *out);
+
+/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
+rs_status_t rs_preset_describe(rs_preset_t *preset, uint32_t what, char *buf, size_t cap, size_t *len);
+
+/** Reserved for world specs. There is nothing to destroy yet; NULL is nothing. */
+void rs_preset_destroy(rs_preset_t *preset);
+
+/**
+ * A communicator of the processes of one host: memory is read where it lies, or passes through shared memory.
+ *
+ * Processes that give the same name and world meet, whichever comes first; those of another user are refused. Nothing stays behind
+ * when they end, however they end.
+ *
+ * - local: copied, with its name.
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
+ * already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
+ * ranks), RS_ERR_COMM.
+ */
+rs_status_t rs_comm_local(const rs_comm_local_t *local, rs_comm_t **out);
+
+/**
+ * A communicator of threads of this process: those that give the same hub number are its ranks. For one process that trains and
+ * serves, and for tests.
+ *
+ * - hub: any number; free again when all its ranks are destroyed or the communicator failed.
+ * - rank, world: this rank, from 0, and the number of ranks.
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * Local: the first collective call waits for the others. Each rank needs a thread of its own in collective calls. Errors:
+ * RS_ERR_INVALID (a rank that is there already, another world than the ranks there have).
+ */
+rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_t **out);
+
+/**
+ * The caller's own communicator, for ranks that nothing built in connects.
+ *
+ * - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's
+ *   still, and release is not called.
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * Local. Errors: RS_ERR_INVALID (naming the member that is missing), RS_ERR_UNKNOWN_FIELD.
+ */
+rs_status_t rs_comm_custom(const rs_comm_ops_t *ops, rs_comm_t **out);
+
+/** Reserved for the engine's own ncclComm_t: answers RS_ERR_UNSUPPORTED. */
+rs_status_t rs_comm_from_nccl(void *nccl_comm, rs_comm_t **out);
+
+/**
+ * Gives the caller's reference back. The communicator ends with its last reference; containers hold their own. NULL is nothing.
+ *
+ * The last use of this handle, on any thread.
+ */
+void rs_comm_destroy(rs_comm_t *comm);
+
+/**
+ * Host memory that the processes of this host can read at memcpy's rate: weights that lie in it are not copied on their way to an
+ * rs_comm_local() peer. Zeroed, aligned to a page, all of it present.
+ *
+ * - bytes: at least 1.
+ * - flags: 0.
+ * - out: its address; the caller's, to give to rs_mem_free().
+ *
+ * Local; any thread. Errors: RS_ERR_INVALID, RS_ERR_MEMORY.
+ */
+rs_status_t rs_mem_alloc(uint64_t bytes, uint32_t flags, void **out);
+
+/** Gives memory of rs_mem_alloc() back, once no container uses it: rebind or destroy comes first. NULL is nothing. Any thread. */
+void rs_mem_free(void *memory);
+
+/** The library's version: major, minor and patch, a byte each, 0x000102 being 0.1.2. Any thread. */
+uint32_t rs_version(void);
+
+/** A status number's name, "RS_ERR_TIMEOUT" for instance; "unknown status" for a number that is none. Static; any thread. */
+const char *rs_status_name(rs_status_t status);
+
+/**
+ * What went wrong in this thread's last failing call, in English for a reader: the parameter, rank or peer, what was expected, what
+ * came, what to do. UTF-8, at most 2,047 bytes, "" before the first failure; a call that succeeds leaves it. Valid until this
+ * thread's next failing call.
+ */
+const char *rs_last_error(void);
+
+/**
+ * Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
+ * returns, no thread is inside the former function any more.
+ *
+ * - function: called from any thread that is inside a call, by several at once; its strings are valid during the call. It may not
+ *   call this library. NULL: no lines.
+ * - user: its first argument.
+ * - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.
+ *
+ * Local; any thread. Errors: RS_ERR_INVALID; RS_ERR_BUSY from inside the function; RS_ERR_STATE where the program links this library
+ * as Rust code and has a logger of its own.
+ */
+rs_status_t rs_set_log(rs_log_fn function, void *user, uint32_t max_level);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* RESHARD_H */

@@ -1,0 +1,414 @@
+//! The exports. Each body is one `call`; the comments here are the header's, so they speak to a C programmer.
+#![allow(clippy::missing_safety_doc)] // The whole comment is the promise, in the header's words.
+
+use super::handle::{CommHandle, Handle};
+use super::write::{GrowingOut, Out, bytes};
+use super::{call, convert, last_error, logger, read};
+use crate::abi::*;
+use crate::comm::foreign::ForeignComm;
+use crate::comm::{local, loopback};
+use crate::error::{Result, bail, status_name};
+use std::ffi::{c_char, c_void};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Makes a container for this rank's weights.
+///
+/// Checks everything that one rank can check alone: bounds of every tile, strides, overlaps, target elements in no tile. The error
+/// names the row by its number and name.
+///
+/// - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
+/// - layout: the tables. Copied, with all names. The weights themselves (`rs_buffer_t.data`) are borrowed: they stay where they are
+///   until rs_container_rebind() or rs_container_destroy(). A rank without weights gives tables of no rows.
+/// - out: the new container, the caller's to destroy.
+///
+/// Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (presets, transforms, memory of a
+/// device that config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_create(
+    config: *const rs_config_t,
+    layout: *const rs_layout_t,
+    out: *mut *mut rs_container_t,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(Handle::create(config, layout)?);
+        Ok(())
+    })
+}
+
+/// Agrees with the other ranks, exchanges the tables and plans: afterwards every element of every target has exactly one sender.
+///
+/// Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
+/// boxes.
+///
+/// Collective: every rank of the communicator calls it, a rank without weights too. Waits for the others, at most
+/// `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
+///
+/// Errors: RS_ERR_STATE (no communicator), RS_ERR_COVERAGE (an element that no rank holds: names parameter and box),
+/// RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another version of this library on some rank),
+/// RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_connect(container: *mut rs_container_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { Handle::of(container) }?.write(|c| c.container.connect()))
+}
+
+/// This rank's tables as bytes, for callers that carry them to the other ranks themselves: give rs_container_import() the bytes of
+/// every rank before connect, and connect exchanges digests only. The bytes hold names, shapes and boxes; no addresses, no weights.
+///
+/// - buf, cap: the caller's buffer and its length in bytes; with cap 0 buf may be NULL.
+/// - len: the number of bytes written; with RS_ERR_TOO_SMALL the number needed.
+///
+/// Local. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_STATE (no communicator yet: the bytes name the rank), RS_ERR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_export(
+    container: *const rs_container_t,
+    buf: *mut c_void,
+    cap: usize,
+    len: *mut usize,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { bytes(&Handle::of(container)?.read(|c| c.container.export())?, buf.cast(), cap, len) })
+}
+
+/// Takes the tables of one rank, as rs_container_export() gave them there. Copied; connect follows. Where every rank has imported all
+/// the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
+///
+/// Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
+/// RS_ERR_STATE (no communicator yet), RS_ERR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_import(container: *mut rs_container_t, blob: *const c_void, len: usize) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let blob = read::list(blob.cast::<u8>(), len, "blob")?;
+        Handle::of(container)?.write(|c| c.container.import(blob))
+    })
+}
+
+/// Gives the container another layout: exactly one of layout and preset, the other is NULL. What rs_get_param() gave so far ends.
+///
+/// Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. With other boxes
+/// rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
+/// the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
+///
+/// Errors: as rs_container_create(), and RS_ERR_BUSY. After an error the former layout holds.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_rebind(
+    container: *mut rs_container_t,
+    layout: *const rs_layout_t,
+    preset: *const rs_preset_t,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { Handle::of(container)?.write(|c| c.rebind(layout, preset)) })
+}
+
+/// Gives the container a communicator: its first, or another one after a failure. The container takes a reference of its own and
+/// gives the former back; rs_container_connect() follows.
+///
+/// Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, comm: *mut rs_comm_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let comm = CommHandle::share(comm)?;
+        Handle::of(container)?.write(|c| c.container.set_comm(comm))
+    })
+}
+
+/// Moves the weights: what the sources hold goes into the targets' own memory.
+///
+/// RS_OK: every rank has landed this version. With weights on a device it may answer RS_IN_PROGRESS instead: all is enqueued on
+/// sync->stream, the stream's end means that this rank has landed, and rs_container_poll() tells when all have.
+///
+/// While it runs, no source may be written and no target read. When it returns, whatever it answers, no rank reads this rank's
+/// sources any more. After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+/// written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
+/// succeeds.
+///
+/// Collective: every rank of the communicator calls it, with the same version and the same `only`. No rank waits longer than its
+/// timeout. sync is copied; the progress function is called on this thread, during the call.
+///
+/// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again), RS_ERR_NOT_FOUND (an entry
+/// of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY,
+/// and the fatal ones, after which the container needs a new communicator and a connect.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *const rs_sync_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let (request, mut progress) = convert::sync(sync)?;
+        Handle::of(container)?.write(|c| c.container.sync(&request, &mut progress))
+    })
+}
+
+/// How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while
+/// one runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until
+/// it answers otherwise.
+///
+/// Does not wait. Any thread, at any time, beside any other call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_poll(container: *const rs_container_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { Handle::of(container) }?.status())
+}
+
+/// Gives up: calls in progress on this container, and on the other ranks of its communicator, end soon with RS_ERR_ABORTED. The
+/// communicator is of no use afterwards: rs_container_set_comm() and rs_container_connect() start over.
+///
+/// Does not wait. Any thread, at any time, beside any other call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_abort(container: *const rs_container_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { Handle::of(container) }.map(Handle::abort))
+}
+
+/// The parameter of this name as the framework knows it: the target of that name, else the source.
+///
+/// - name: `rs_buffer_t.name`.
+/// - out: set out->struct_size; the rest is written. Its pointers are borrowed from the container until rebind or destroy.
+///
+/// Local; other reading calls may run beside it. Errors: RS_ERR_NOT_FOUND, RS_ERR_AMBIGUOUS (several have it: use
+/// rs_get_param_at()), RS_ERR_TORN (a failed sync left it half written), RS_ERR_BUSY (a sync is running).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_get_param(container: *const rs_container_t, name: *const c_char, out: *mut rs_param_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let (name, out) = (read::text(name, "name")?, GrowingOut::new(out, "out")?);
+        out.put(Handle::of(container)?.read(|c| c.param(c.container.param(name)?))?);
+        Ok(())
+    })
+}
+
+/// The parameter of buffer row `index`, torn or not: out->state tells. For all parameters, count up from 0 until RS_ERR_NOT_FOUND.
+///
+/// Otherwise as rs_get_param().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_get_param_at(container: *const rs_container_t, index: usize, out: *mut rs_param_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = GrowingOut::new(out, "out")?;
+        out.put(Handle::of(container)?.read(|c| c.param(c.container.param_at(index)?))?);
+        Ok(())
+    })
+}
+
+/// Tells about the plan, the last sync or the layout, as JSON. Readers skip members that they do not know: more may come.
+///
+/// - what: RS_DESCRIBE_PLAN, RS_DESCRIBE_STATS or RS_DESCRIBE_LAYOUT.
+/// - param: NULL; or a parameter's name: with RS_DESCRIBE_PLAN, who sends each of its boxes.
+/// - buf, cap: the caller's buffer and its length in bytes; with cap 0 buf may be NULL.
+/// - len: the bytes written, the final NUL among them; with RS_ERR_TOO_SMALL the bytes needed.
+///
+/// Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_NOT_FOUND, RS_ERR_STATE (a plan
+/// before connect), RS_ERR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_describe(
+    container: *const rs_container_t,
+    what: u32,
+    param: *const c_char,
+    buf: *mut c_char,
+    cap: usize,
+    len: *mut usize,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { bytes(&Handle::of(container)?.read(|c| c.describe(what, param))?, buf.cast(), cap, len) })
+}
+
+/// Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
+///
+/// The last call on it, on any thread, beside no other. It does not wait for other ranks.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { Handle::destroy(container) });
+}
+
+/// Reserved for world specs: answers RS_ERR_UNSUPPORTED. Describe the weights by tables.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_preset_create(spec_json: *const c_char, rank: i32, out: *mut *mut rs_preset_t) -> rs_status_t {
+    call(no_presets)
+}
+
+/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_preset_bind(preset: *mut rs_preset_t, bind: *const rs_bind_t) -> rs_status_t {
+    call(no_presets)
+}
+
+/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_preset_layout(preset: *mut rs_preset_t, out: *mut rs_layout_t) -> rs_status_t {
+    call(no_presets)
+}
+
+/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_preset_describe(
+    preset: *mut rs_preset_t,
+    what: u32,
+    buf: *mut c_char,
+    cap: usize,
+    len: *mut usize,
+) -> rs_status_t {
+    call(no_presets)
+}
+
+/// Reserved for world specs. There is nothing to destroy yet; NULL is nothing.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
+    call(|| Ok(()));
+}
+
+fn no_presets() -> Result<()> {
+    bail!(RS_ERR_UNSUPPORTED, "presets are not built yet: give rs_container_create() the tables of a layout")
+}
+
+/// A communicator of the processes of one host: memory is read where it lies, or passes through shared memory.
+///
+/// Processes that give the same name and world meet, whichever comes first; those of another user are refused. Nothing stays behind
+/// when they end, however they end.
+///
+/// - local: copied, with its name.
+/// - out: the new communicator, the caller's to destroy.
+///
+/// Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
+/// already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
+/// ranks), RS_ERR_COMM.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_local(local: *const rs_comm_local_t, out: *mut *mut rs_comm_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(CommHandle::create(convert::join_local(local)?));
+        Ok(())
+    })
+}
+
+/// A communicator of threads of this process: those that give the same hub number are its ranks. For one process that trains and
+/// serves, and for tests.
+///
+/// - hub: any number; free again when all its ranks are destroyed or the communicator failed.
+/// - rank, world: this rank, from 0, and the number of ranks.
+/// - out: the new communicator, the caller's to destroy.
+///
+/// Local: the first collective call waits for the others. Each rank needs a thread of its own in collective calls. Errors:
+/// RS_ERR_INVALID (a rank that is there already, another world than the ranks there have).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_loopback(hub: u64, rank: i32, world: i32, out: *mut *mut rs_comm_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let (out, (rank, world)) = (Out::new(out, "out")?, convert::ranks(rank, world)?);
+        out.put(CommHandle::create(loopback::join(hub, rank, world)?));
+        Ok(())
+    })
+}
+
+/// The caller's own communicator, for ranks that nothing built in connects.
+///
+/// - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's
+///   still, and release is not called.
+/// - out: the new communicator, the caller's to destroy.
+///
+/// Local. Errors: RS_ERR_INVALID (naming the member that is missing), RS_ERR_UNKNOWN_FIELD.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_custom(ops: *const rs_comm_ops_t, out: *mut *mut rs_comm_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(CommHandle::create(Arc::new(ForeignComm::new(read::sized(ops, "ops")?)?)));
+        Ok(())
+    })
+}
+
+/// Reserved for the engine's own ncclComm_t: answers RS_ERR_UNSUPPORTED.
+#[unsafe(no_mangle)]
+#[allow(unused_variables)]
+pub unsafe extern "C" fn rs_comm_from_nccl(nccl_comm: *mut c_void, out: *mut *mut rs_comm_t) -> rs_status_t {
+    call(|| -> Result<()> { bail!(RS_ERR_UNSUPPORTED, "NCCL is not built yet: use rs_comm_local() or rs_comm_custom()") })
+}
+
+/// Gives the caller's reference back. The communicator ends with its last reference; containers hold their own. NULL is nothing.
+///
+/// The last use of this handle, on any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_destroy(comm: *mut rs_comm_t) {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { CommHandle::destroy(comm) });
+}
+
+/// Host memory that the processes of this host can read at memcpy's rate: weights that lie in it are not copied on their way to an
+/// rs_comm_local() peer. Zeroed, aligned to a page, all of it present.
+///
+/// - bytes: at least 1.
+/// - flags: 0.
+/// - out: its address; the caller's, to give to rs_mem_free().
+///
+/// Local; any thread. Errors: RS_ERR_INVALID, RS_ERR_MEMORY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_mem_alloc(bytes: u64, flags: u32, out: *mut *mut c_void) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(local::segment::alloc(bytes, flags)?.as_ptr().cast());
+        Ok(())
+    })
+}
+
+/// Gives memory of rs_mem_alloc() back, once no container uses it: rebind or destroy comes first. NULL is nothing. Any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_mem_free(memory: *mut c_void) {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { NonNull::new(memory.cast()).map_or(Ok(()), |m| local::segment::free(m)) });
+}
+
+/// The library's version: major, minor and patch, a byte each, 0x000102 being 0.1.2. Any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn rs_version() -> u32 {
+    VERSION
+}
+
+/// A status number's name, "RS_ERR_TIMEOUT" for instance; "unknown status" for a number that is none. Static; any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn rs_status_name(status: rs_status_t) -> *const c_char {
+    status_name(status).as_ptr()
+}
+
+/// What went wrong in this thread's last failing call, in English for a reader: the parameter, rank or peer, what was expected, what
+/// came, what to do. UTF-8, at most 2,047 bytes, "" before the first failure; a call that succeeds leaves it. Valid until this
+/// thread's next failing call.
+#[unsafe(no_mangle)]
+pub extern "C" fn rs_last_error() -> *const c_char {
+    last_error::text()
+}
+
+/// Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
+/// returns, no thread is inside the former function any more.
+///
+/// - function: called from any thread that is inside a call, by several at once; its strings are valid during the call. It may not
+///   call this library. NULL: no lines.
+/// - user: its first argument.
+/// - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.
+///
+/// Local; any thread. Errors: RS_ERR_INVALID; RS_ERR_BUSY from inside the function; RS_ERR_STATE where the program links this library
+/// as Rust code and has a logger of its own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_set_log(function: rs_log_fn, user: *mut c_void, max_level: u32) -> rs_status_t {
+    call(|| logger::set(function, user, max_level))
+}
+
+const VERSION: u32 = number(env!("CARGO_PKG_VERSION_MAJOR")) << 16
+    | number(env!("CARGO_PKG_VERSION_MINOR")) << 8
+    | number(env!("CARGO_PKG_VERSION_PATCH"));
+
+const fn number(text: &str) -> u32 {
+    match u8::from_str_radix(text, 10) {
+        Ok(n) => n as u32,
+        Err(_) => panic!("a part of the version does not fit in a byte"),
+    }
+}

@@ -1,0 +1,211 @@
+//! What the handles point to, and who may be inside one.
+
+use super::read::optional_text;
+use super::{convert, logger};
+use crate::abi::*;
+use crate::comm::Comm;
+use crate::container::{Container, Control, Param};
+use crate::error::{Error, Result, bail, err};
+use crate::layout::Layout;
+use std::ffi::CString;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::{Arc, RwLock, TryLockError};
+
+/// What an rs_container_t is: a container, taken by one changing call or by any number of reading ones at a time.
+pub struct Handle {
+    label: CString,
+    control: Arc<Control>,
+    inner: RwLock<Named>,
+}
+
+/// A container with its buffers' names as C wants them, replaced together.
+pub struct Named {
+    pub container: Container,
+    names: Vec<CString>,
+}
+
+impl Handle {
+    /// A new container from the caller's structs.
+    ///
+    /// # Safety
+    /// As the header promises for rs_container_create().
+    pub unsafe fn create(config: *const rs_config_t, layout: *const rs_layout_t) -> Result<*mut rs_container_t> {
+        // SAFETY: this function's promise.
+        let ((config, foreign), (layout, mems)) = unsafe { (convert::config(config)?, convert::layout(layout)?) };
+        let names = names(&layout)?;
+        let container = Container::new(config, layout, mems)?;
+        let label = c_string(container.label())?;
+        if let Some(device) = foreign {
+            device.own();
+        }
+        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names }) };
+        Ok(Box::into_raw(Box::new(handle)).cast())
+    }
+
+    /// The handle behind the caller's pointer.
+    ///
+    /// # Safety
+    /// `ptr` is NULL or came from [`Handle::create`] and is not destroyed while the reference is used.
+    pub unsafe fn of<'a>(ptr: *const rs_container_t) -> Result<&'a Handle> {
+        // SAFETY: this function's promise; only shared references to a handle exist.
+        unsafe { ptr.cast::<Handle>().as_ref() }.ok_or_else(|| err!(RS_ERR_INVALID, "container is NULL"))
+    }
+
+    /// Ends it; NULL is nothing.
+    ///
+    /// # Safety
+    /// `ptr` is NULL or came from [`Handle::create`], once, and nobody uses it any more.
+    pub unsafe fn destroy(ptr: *mut rs_container_t) -> Result<()> {
+        if !ptr.is_null() {
+            // SAFETY: this function's promise: it is the Box of `create`.
+            drop(unsafe { Box::from_raw(ptr.cast::<Handle>()) });
+        }
+        Ok(())
+    }
+
+    /// Ends the calls in progress. Never kept waiting, whoever is inside.
+    pub fn abort(&self) {
+        let _label = logger::labelled(&self.label);
+        self.control.abort("rs_container_abort() was called");
+    }
+
+    /// How the last sync stands. Never kept waiting either.
+    pub fn status(&self) -> Result<bool> {
+        if self.inner.is_poisoned() {
+            return Err(self.named(broken()));
+        }
+        self.control.status().map_err(|e| self.named(e))
+    }
+
+    /// Runs a call that changes nothing; others like it may run beside it.
+    pub fn read<R>(&self, body: impl FnOnce(&Named) -> Result<R>) -> Result<R> {
+        let _label = logger::labelled(&self.label);
+        self.inner.try_read().map_err(refusal).and_then(|inner| body(&inner)).map_err(|e| self.named(e))
+    }
+
+    /// Runs a call that may change everything, alone. A panic in it ends the container and, so that nobody waits for this rank,
+    /// its communicator.
+    pub fn write<R>(&self, body: impl FnOnce(&mut Named) -> Result<R>) -> Result<R> {
+        let _label = logger::labelled(&self.label);
+        let mut inner = self.inner.try_write().map_err(|e| self.named(refusal(e)))?;
+        match catch_unwind(AssertUnwindSafe(|| body(&mut inner))) {
+            Ok(result) => result.map_err(|e| self.named(e)),
+            Err(payload) => {
+                let _ = catch_unwind(AssertUnwindSafe(|| self.control.abort("a bug in libreshard: it panicked")));
+                // With the guard alive, which poisons the lock.
+                resume_unwind(payload)
+            }
+        }
+    }
+
+    fn named(&self, error: Error) -> Error {
+        if self.label.is_empty() { error } else { error.context(self.label.to_string_lossy()) }
+    }
+}
+
+fn refusal<G>(error: TryLockError<G>) -> Error {
+    match error {
+        TryLockError::WouldBlock => {
+            err!(RS_ERR_BUSY, "another thread is inside a call on this container; one at a time, or wait for it")
+        }
+        TryLockError::Poisoned(_) => broken(),
+    }
+}
+
+fn broken() -> Error {
+    err!(RS_ERR_INTERNAL, "an earlier call on this container panicked; destroy it and make another one")
+}
+
+impl Named {
+    /// Another layout.
+    ///
+    /// # Safety
+    /// As the header promises for rs_container_rebind().
+    pub unsafe fn rebind(&mut self, layout: *const rs_layout_t, preset: *const rs_preset_t) -> Result<()> {
+        if !preset.is_null() {
+            bail!(RS_ERR_UNSUPPORTED, "preset: presets are not built yet; leave it NULL and give the tables as layout");
+        }
+        // SAFETY: this function's promise.
+        let (layout, mems) = unsafe { convert::layout(layout)? };
+        let names = names(&layout)?;
+        self.container.rebind(layout, mems)?;
+        self.names = names;
+        Ok(())
+    }
+
+    /// A parameter for C; its pointers live as long as this container's layout.
+    pub fn param(&self, param: Param) -> Result<rs_param_t> {
+        let buffer = self.container.layout().buffers().get(param.buffer);
+        let (Some(b), Some(name)) = (buffer, self.names.get(param.buffer)) else {
+            bail!(RS_ERR_INTERNAL, "no buffer row {}", param.buffer);
+        };
+        Ok(rs_param_t {
+            struct_size: 0,
+            name: name.as_ptr(),
+            data: ptr::with_exposed_provenance_mut(b.addr as usize),
+            size_bytes: b.bytes,
+            device_type: b.device_type,
+            device_id: b.device_id,
+            dtype: b.dtype,
+            ndim: b.shape.len() as u32,
+            shape: b.shape.as_ptr(),
+            strides: b.strides.as_ptr(),
+            role: b.role,
+            model_chunk: 0,
+            state: param.state,
+            reserved: 0,
+            version: param.version,
+        })
+    }
+
+    /// JSON with its NUL.
+    ///
+    /// # Safety
+    /// `param` is NULL or a string.
+    pub unsafe fn describe(&self, what: u32, param: *const std::ffi::c_char) -> Result<Vec<u8>> {
+        // SAFETY: this function's promise.
+        let param = unsafe { optional_text(param, "param")? };
+        Ok(c_string(&self.container.describe(what, param)?)?.into_bytes_with_nul())
+    }
+}
+
+fn names(layout: &Layout) -> Result<Vec<CString>> {
+    layout.buffers().iter().map(|b| c_string(&b.name)).collect()
+}
+
+fn c_string(text: &str) -> Result<CString> {
+    CString::new(text).map_err(|_| err!(RS_ERR_INTERNAL, "a text for C with a NUL in it: {text:?}"))
+}
+
+/// What an rs_comm_t is: one reference to a communicator.
+pub struct CommHandle(Arc<dyn Comm>);
+
+impl CommHandle {
+    /// A handle of its own for a communicator.
+    pub fn create(comm: Arc<dyn Comm>) -> *mut rs_comm_t {
+        Box::into_raw(Box::new(CommHandle(comm))).cast()
+    }
+
+    /// Another reference to the communicator behind the caller's pointer.
+    ///
+    /// # Safety
+    /// `ptr` is NULL or came from [`CommHandle::create`] and is not destroyed during the call.
+    pub unsafe fn share(ptr: *const rs_comm_t) -> Result<Arc<dyn Comm>> {
+        // SAFETY: this function's promise.
+        let handle = unsafe { ptr.cast::<CommHandle>().as_ref() };
+        handle.map(|h| h.0.clone()).ok_or_else(|| err!(RS_ERR_INVALID, "comm is NULL"))
+    }
+
+    /// Ends the handle; NULL is nothing.
+    ///
+    /// # Safety
+    /// `ptr` is NULL or came from [`CommHandle::create`], once, and nobody uses it any more.
+    pub unsafe fn destroy(ptr: *mut rs_comm_t) -> Result<()> {
+        if !ptr.is_null() {
+            // SAFETY: this function's promise: it is the Box of `create`.
+            drop(unsafe { Box::from_raw(ptr.cast::<CommHandle>()) });
+        }
+        Ok(())
+    }
+}
