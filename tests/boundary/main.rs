@@ -1,0 +1,7 @@
+//! The C boundary, called as C calls it: what is refused and with which words, what a refusal leaves, who may be inside at once.
+
+mod create;
+mod handles;
+mod hub;
+mod ranks;
+mod tables;
