@@ -1,0 +1,272 @@
+//! The ranks of a case at work in the library, every rank a thread, and comparisons of each byte they have.
+
+use super::library::{Comm, Container, Failure, Tables};
+use super::mailbox::{Hub, Tally};
+use super::model::Case;
+use super::plans;
+use super::truth::{Memory, compare, lower_bound, write};
+use super::views::chance;
+use fastrand::Rng;
+use reshard::abi::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Longest wait in one call. Reaching it is a failure, so it only bounds how long a hang lasts.
+const TIMEOUT_MS: u32 = 30_000;
+
+/// A world at work. Fields drop in this order: containers before what they borrow.
+pub struct World<'a> {
+    pub case: &'a Case,
+    pub containers: Vec<Container>,
+    comms: Vec<Comm>,
+    wire: Wire,
+    pub hub: Option<Arc<Hub>>,
+    pub memories: Vec<Memory>,
+    /// Memory that a rebind left, as it was then.
+    retired: Vec<(&'a Case, usize, Memory, Vec<u8>)>,
+    /// By rank and buffer row: the version that the last syncs left there, where they say one.
+    versions: Vec<Vec<Option<u64>>>,
+}
+
+/// How the ranks reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// The library's own, between threads.
+    Loopback,
+    /// The test's own.
+    Custom,
+    /// The one for processes of a host, here all one process, with these RS_LOCAL_* flags.
+    Local(u32),
+}
+
+impl Wire {
+    pub fn any(rng: &mut Rng) -> Wire {
+        match rng.u32(0..100) {
+            0..3 => Wire::Local(*rng.choice(&[0, RS_LOCAL_READ, RS_LOCAL_RING]).expect("not empty")),
+            3..50 => Wire::Loopback,
+            _ => Wire::Custom,
+        }
+    }
+}
+
+/// A communicator for each rank.
+fn communicators(world: usize, wire: Wire) -> (Vec<Comm>, Option<Arc<Hub>>) {
+    static RUNS: AtomicU64 = AtomicU64::new(1);
+    let (number, hub) = (RUNS.fetch_add(1, Ordering::Relaxed), Hub::new(world));
+    let comm = |r: usize| match wire {
+        Wire::Loopback => Comm::loopback(number, r, world),
+        Wire::Custom => Comm::custom(&hub.ops(r)),
+        Wire::Local(flags) => Comm::local(&format!("properties {} {number}", std::process::id()), r, world, flags, TIMEOUT_MS),
+    };
+    let comms = std::thread::scope(|scope| {
+        let comm = &comm;
+        let threads: Vec<_> = (0..world).map(|r| scope.spawn(move || comm(r))).collect();
+        let ends = threads.into_iter().map(|t| t.join().expect("no panic"));
+        ends.enumerate().map(|(r, end)| end.unwrap_or_else(|e| panic!("rank {r}: {wire:?}: {e}"))).collect()
+    });
+    (comms, (wire == Wire::Custom).then_some(hub))
+}
+
+/// Makes the containers of all ranks. Ranks whose tables are refused give a failure.
+pub fn open<'a>(case: &'a Case, rng: &mut Rng, wire: Wire) -> Result<World<'a>, Vec<(usize, Failure, Unmoved)>> {
+    let (comms, hub) = communicators(case.ranks.len(), wire);
+    let mut memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(&r.blocks, rng.u64(..))).collect();
+    let (mut containers, mut refused) = (Vec::new(), Vec::new());
+    for (r, (rank, memory)) in case.ranks.iter().zip(&mut memories).enumerate() {
+        let before = memory.bytes().to_vec();
+        let tables = Tables::new(case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
+        match Container::create(rank, &tables, &comms[r], TIMEOUT_MS) {
+            Ok(container) => containers.push(container),
+            Err(failure) => refused.push((r, failure, Unmoved(memory.bytes() == before))),
+        }
+    }
+    if !refused.is_empty() {
+        return Err(refused);
+    }
+    let versions = case.ranks.iter().map(|r| vec![Some(0); r.buffers.len()]).collect();
+    Ok(World { case, containers, comms, wire, hub, memories, retired: Vec::new(), versions })
+}
+
+/// Whether a refused rank's memory is as it was.
+pub struct Unmoved(pub bool);
+
+impl<'a> World<'a> {
+    /// One call on every rank at the same time.
+    pub fn all<T: Send>(&mut self, call: impl Fn(usize, &mut Container) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let call = &call;
+            let threads: Vec<_> = self.containers.iter_mut().enumerate().map(|(r, c)| scope.spawn(move || call(r, c))).collect();
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
+        })
+    }
+
+    /// The same, where all must succeed.
+    pub fn all_ok(&mut self, what: &str, call: impl Fn(usize, &mut Container) -> Result<(), Failure> + Sync) -> Result<(), String> {
+        let failed = |(r, result): (usize, Result<(), Failure>)| result.err().map(|e| format!("rank {r}: {what}: {e}"));
+        match self.all(call).into_iter().enumerate().find_map(failed) {
+            Some(text) => Err(text),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts the values of a version into all sources.
+    pub fn publish(&mut self, version: u64) {
+        let all = vec![true; self.case.tensors.len()];
+        for r in 0..self.memories.len() {
+            let mut image = self.memories[r].bytes().to_vec();
+            write(self.case, r, RS_SOURCE, &all, version, &self.memories[r], &mut image);
+            self.memories[r].bytes_mut().copy_from_slice(&image);
+        }
+    }
+
+    /// What every rank's memory must be after a sync of `only`, by tensor, at `version`.
+    pub fn expected(&self, only: &[bool], version: u64) -> Vec<Vec<u8>> {
+        let image = |(r, memory): (usize, &Memory)| {
+            let mut image = memory.bytes().to_vec();
+            write(self.case, r, RS_TARGET, only, version, memory, &mut image);
+            image
+        };
+        self.memories.iter().enumerate().map(image).collect()
+    }
+
+    /// Compares every rank's memory.
+    pub fn compare(&self, expected: &[Vec<u8>]) -> Result<(), String> {
+        for (r, memory) in self.memories.iter().enumerate() {
+            compare(self.case, r, memory, &expected[r])?;
+        }
+        for (case, r, memory, was) in &self.retired {
+            compare(case, *r, memory, was).map_err(|e| format!("memory given up by a rebind: {e}"))?;
+        }
+        Ok(())
+    }
+
+    /// New values at the sources and a sync of the tensors that `patterns` name, or of all; everything is looked at afterwards.
+    pub fn sync(&mut self, version: u64, patterns: Option<&[String]>) -> Result<(), String> {
+        let case = self.case;
+        let matches = |p: &String, name: &str| p.strip_suffix('*').map_or(p == name, |prefix| name.starts_with(prefix));
+        let only: Vec<bool> =
+            case.tensors.iter().map(|t| patterns.is_none_or(|all| all.iter().any(|p| matches(p, &t.name)))).collect();
+        self.publish(version);
+        let expected = self.expected(&only, version);
+        self.tally();
+        self.all_ok("sync", |_, c| c.sync(version, patterns))?;
+        self.compare(&expected)?;
+        if let Some(tally) = self.tally() {
+            self.check_wire(&tally, &only)?;
+        }
+        self.check_params(&only, version)
+    }
+
+    /// What the test's own communicator saw since the last call.
+    fn tally(&self) -> Option<Tally> {
+        self.hub.as_ref().map(|hub| hub.take())
+    }
+
+    fn check_wire(&self, tally: &Tally, only: &[bool]) -> Result<(), String> {
+        if !tally.faults.is_empty() {
+            return Err(format!("misuse of the caller's communicator: {}", tally.faults.join("; ")));
+        }
+        for r in 0..self.case.ranks.len() {
+            let came: u64 = tally.bytes.iter().filter(|((_, to), _)| *to == r).map(|(_, bytes)| bytes).sum();
+            let least = lower_bound(self.case, r, only);
+            if came != least {
+                return Err(format!("rank {r} received {came} bytes; it lacks {least}"));
+            }
+        }
+        let most = plans::message_bytes(&self.containers[0]);
+        if tally.longest > most {
+            return Err(format!("a message of {} bytes; the plan says at most {most}", tally.longest));
+        }
+        Ok(())
+    }
+
+    fn check_params(&mut self, only: &[bool], version: u64) -> Result<(), String> {
+        for (r, rank) in self.case.ranks.iter().enumerate() {
+            for (b, buffer) in rank.buffers.iter().enumerate() {
+                let target_too = |o: &super::model::Buffer| o.name == buffer.name && o.role & RS_TARGET != 0;
+                if buffer.role == RS_SOURCE && rank.buffers.iter().any(target_too) {
+                    continue;
+                }
+                let param = self.containers[r].param(&buffer.name).map_err(|e| format!("rank {r}: {}: {e}", buffer.name))?;
+                let address = self.memories[r].address(buffer.block, buffer.at) as usize;
+                if (param.data, param.role) != (address, buffer.role) {
+                    return Err(format!("rank {r}: {}: {param:x?}, at {address:x}", buffer.name));
+                }
+                if buffer.role & RS_TARGET == 0 {
+                    continue;
+                }
+                let mut own = rank.tiles.iter().filter(|t| t.buffer == b).map(|t| only[t.tensor]);
+                let known = &mut self.versions[r][b];
+                *known = match (own.clone().all(|x| x), own.any(|x| x)) {
+                    (true, _) => Some(version),
+                    (false, true) => None,
+                    (false, false) => *known,
+                };
+                let state = |v: u64| (if v == 0 { RS_PARAM_INITIAL } else { RS_PARAM_SYNCED }, v);
+                if known.is_some_and(|v| state(v) != (param.state, param.version)) {
+                    return Err(format!("rank {r}: {}: {param:x?} after version {version}; must be at {known:?}", buffer.name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Some ranks give the same tables with other addresses; the old memory must not be touched again. Which ranks did it.
+    pub fn move_house(&mut self, rng: &mut Rng) -> Result<Vec<usize>, String> {
+        let mut moved = Vec::new();
+        for (r, rank) in self.case.ranks.iter().enumerate() {
+            if !chance(rng, 60) {
+                continue;
+            }
+            let mut memory = Memory::new(&rank.blocks, rng.u64(..));
+            let tables = Tables::new(self.case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
+            self.containers[r].rebind(&tables).map_err(|e| format!("rank {r}: rebind to other addresses: {e}"))?;
+            let old = std::mem::replace(&mut self.memories[r], memory);
+            let was = old.bytes().to_vec();
+            self.retired.push((self.case, r, old, was));
+            self.versions[r].fill(None);
+            moved.push(r);
+        }
+        Ok(moved)
+    }
+
+    /// A rank's rows of another case that lies in the memory of this one.
+    pub fn tables_of(&mut self, case: &Case, r: usize) -> Tables {
+        let (rank, memory) = (&case.ranks[r], &mut self.memories[r]);
+        Tables::new(case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at))
+    }
+
+    /// All ranks give other tables, in other memory, and connect again.
+    pub fn rebuild(&mut self, case: &'a Case, rng: &mut Rng) -> Result<(), String> {
+        let memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(&r.blocks, rng.u64(..))).collect();
+        for (r, old) in std::mem::replace(&mut self.memories, memories).into_iter().enumerate() {
+            let was = old.bytes().to_vec();
+            self.retired.push((self.case, r, old, was));
+        }
+        let tables: Vec<Tables> = (0..case.ranks.len()).map(|r| self.tables_of(case, r)).collect();
+        self.all_ok("rebind to other boxes", |r, c| c.rebind(&tables[r]))?;
+        self.case = case;
+        self.versions = case.ranks.iter().map(|r| vec![Some(0); r.buffers.len()]).collect();
+        self.all_ok("connect again", |_, c| c.connect())
+    }
+
+    /// New communicators for containers whose old ones failed, and a new connect.
+    pub fn renew(&mut self) -> Result<(), String> {
+        let (comms, hub) = communicators(self.case.ranks.len(), self.wire);
+        self.all_ok("set_comm", |r, c| c.set_comm(&comms[r]))?;
+        (self.comms, self.hub) = (comms, hub);
+        self.all_ok("connect after a failure", |_, c| c.connect())
+    }
+
+    /// The end of all handles; the caller's communicators must have been released, each once.
+    pub fn close(self) -> Result<(), String> {
+        let World { containers, comms, hub, case, .. } = self;
+        drop((comms, containers));
+        let released = hub.map_or(case.ranks.len(), |hub| hub.take().released);
+        if released == case.ranks.len() {
+            Ok(())
+        } else {
+            Err(format!("{released} of {} communicators released", case.ranks.len()))
+        }
+    }
+}
