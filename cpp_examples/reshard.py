@@ -1,0 +1,206 @@
+"""libreshard from Python: the structs of reshard.h as ctypes, and small classes around its handles.
+
+Not a part of the library: a file to copy and cut down. The library is $RESHARD_LIBRARY, else libreshard.so.1 where the loader finds it.
+"""
+
+import ctypes as c
+import json
+import os
+
+ABI = 1
+MAX_RANK = 8
+SOURCE, TARGET = 1, 2  # role
+PADDED = 1  # buffer flag
+CPU = 1  # device type
+BF16 = (4, 16, 1)  # DLPack: code, bits, lanes
+PARAM_SYNCED = 1
+DESCRIBE_STATS = 2
+ERR_TOO_SMALL = -6
+
+Extents = c.c_int64 * MAX_RANK
+
+
+class Dtype(c.Structure):
+    _fields_ = [("code", c.c_uint8), ("bits", c.c_uint8), ("lanes", c.c_uint16)]
+
+
+class TensorRow(c.Structure):
+    _fields_ = [("name", c.c_char_p), ("rank", c.c_uint32), ("reserved", c.c_uint32), ("shape", Extents)]
+
+
+class BufferRow(c.Structure):
+    _fields_ = [
+        ("name", c.c_char_p), ("data", c.c_void_p), ("size_bytes", c.c_uint64),
+        ("device_type", c.c_int32), ("device_id", c.c_int32), ("role", c.c_uint32), ("flags", c.c_uint32),
+        ("dtype", Dtype), ("ndim", c.c_uint32), ("shape", Extents), ("strides", Extents),
+    ]  # fmt: skip
+
+
+class TileRow(c.Structure):
+    _fields_ = [
+        ("tensor", c.c_uint32), ("buffer", c.c_uint32), ("rank", c.c_uint32), ("transform", c.c_uint32), ("byte_offset", c.c_uint64),
+        ("view", Extents), ("origin", Extents), ("extent", Extents), ("stride", Extents),
+    ]  # fmt: skip
+
+
+class LayoutStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t),
+        ("tensors", c.POINTER(TensorRow)), ("tensor_count", c.c_size_t), ("tensor_size", c.c_size_t),
+        ("buffers", c.POINTER(BufferRow)), ("buffer_count", c.c_size_t), ("buffer_size", c.c_size_t),
+        ("tiles", c.POINTER(TileRow)), ("tile_count", c.c_size_t), ("tile_size", c.c_size_t),
+    ]  # fmt: skip
+
+
+class ConfigStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t), ("abi", c.c_uint32), ("flags", c.c_uint32), ("comm", c.c_void_p), ("device", c.c_void_p),
+        ("preset", c.c_void_p), ("host_id", c.c_uint64), ("staging_bytes", c.c_uint64), ("host_threads", c.c_uint32),
+        ("timeout_ms", c.c_uint32), ("name", c.c_char_p),
+    ]  # fmt: skip
+
+
+class LocalStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t), ("name", c.c_char_p), ("rank", c.c_int32), ("world", c.c_int32),
+        ("timeout_ms", c.c_uint32), ("flags", c.c_uint32),
+    ]  # fmt: skip
+
+
+Progress = c.CFUNCTYPE(None, c.c_void_p, c.c_uint64, c.c_uint64)
+
+
+class SyncStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t), ("stream", c.c_void_p), ("version", c.c_uint64), ("only", c.POINTER(c.c_char_p)),
+        ("only_count", c.c_size_t), ("timeout_ms", c.c_uint32), ("flags", c.c_uint32),
+        ("progress", Progress), ("progress_user", c.c_void_p),
+    ]  # fmt: skip
+
+
+class ParamStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t), ("name", c.c_char_p), ("data", c.c_void_p), ("size_bytes", c.c_uint64),
+        ("device_type", c.c_int32), ("device_id", c.c_int32), ("dtype", Dtype), ("ndim", c.c_uint32),
+        ("shape", c.POINTER(c.c_int64)), ("strides", c.POINTER(c.c_int64)), ("role", c.c_uint32), ("model_chunk", c.c_uint32),
+        ("state", c.c_uint32), ("reserved", c.c_uint32), ("version", c.c_uint64),
+    ]  # fmt: skip
+
+
+_lib = c.CDLL(os.environ.get("RESHARD_LIBRARY", "libreshard.so.1"))
+_lib.rs_status_name.restype = c.c_char_p
+_lib.rs_last_error.restype = c.c_char_p
+_lib.rs_comm_destroy.restype = _lib.rs_container_destroy.restype = None
+_lib.rs_container_describe.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_char_p, c.c_size_t, c.POINTER(c.c_size_t)]
+
+
+class Error(Exception):
+    def __init__(self, status):
+        self.status = status
+        super().__init__(f"{_lib.rs_status_name(status).decode()}: {_lib.rs_last_error().decode()}")
+
+
+def _check(status):
+    if status < 0:
+        raise Error(status)
+
+
+def _sized(kind, **fields):
+    return kind(struct_size=c.sizeof(kind), **fields)
+
+
+class Layout:
+    """The three tables of one rank; keeps the arrays whose memory they name."""
+
+    def __init__(self):
+        self.tensors, self.buffers, self.tiles = [], [], []
+        self._tensor_rows, self._arrays = {}, []
+
+    def tensor(self, name, shape):
+        """The row of a Hugging Face tensor, made when it is first named."""
+        if name not in self._tensor_rows:
+            self._tensor_rows[name] = len(self.tensors)
+            self.tensors.append(TensorRow(name.encode(), len(shape), 0, Extents(*shape)))
+        return self._tensor_rows[name]
+
+    def buffer(self, name, array, role, dtype=BF16, flags=0):
+        """The row of a numpy array."""
+        self._arrays.append(array)
+        strides = [s // array.itemsize for s in array.strides]
+        self.buffers.append(
+            BufferRow(
+                name.encode(), array.ctypes.data, array.nbytes, CPU, 0, role, flags,
+                Dtype(*dtype), array.ndim, Extents(*array.shape), Extents(*strides),
+            )  # fmt: skip
+        )
+        return len(self.buffers) - 1
+
+    def tile(self, tensor, buffer, byte_offset, view, origin, extent, stride):
+        """The box [origin, origin + extent) of a tensor seen through `view` lies in a buffer, with these strides in elements."""
+        boxes = (Extents(*x) for x in (view, origin, extent, stride))
+        self.tiles.append(TileRow(tensor, buffer, len(view), 0, byte_offset, *boxes))
+
+    def extend(self, struct):
+        """Adds another component's tables, a LayoutStruct; they must outlive this layout."""
+        rows = [self.tensor(t.name.decode(), t.shape[: t.rank]) for t in struct.tensors[: struct.tensor_count]]
+        first = len(self.buffers)
+        self.buffers += struct.buffers[: struct.buffer_count]
+        for t in struct.tiles[: struct.tile_count]:
+            boxes = (t.view, t.origin, t.extent, t.stride)
+            self.tiles.append(TileRow(rows[t.tensor], first + t.buffer, t.rank, t.transform, t.byte_offset, *boxes))
+
+    def struct(self):
+        def table(kind, rows):
+            return (kind * len(rows))(*rows), len(rows), c.sizeof(kind)
+
+        tables = *table(TensorRow, self.tensors), *table(BufferRow, self.buffers), *table(TileRow, self.tiles)
+        return LayoutStruct(c.sizeof(LayoutStruct), *tables)
+
+
+class LocalComm:
+    """The processes of this host that give the same name."""
+
+    def __init__(self, name, rank, world):
+        self._handle = c.c_void_p()
+        local = _sized(LocalStruct, name=name.encode(), rank=rank, world=world)
+        _check(_lib.rs_comm_local(c.byref(local), c.byref(self._handle)))
+
+    def close(self):
+        _lib.rs_comm_destroy(self._handle)
+        self._handle = c.c_void_p()
+
+
+class Container:
+    """This rank's weights and its part in every sync."""
+
+    def __init__(self, layout, comm, name):
+        self._layout = layout  # the library borrows the weights' memory
+        self._handle = c.c_void_p()
+        config = _sized(ConfigStruct, abi=ABI, comm=comm._handle, name=name.encode())
+        _check(_lib.rs_container_create(c.byref(config), c.byref(layout.struct()), c.byref(self._handle)))
+
+    def connect(self):
+        _check(_lib.rs_container_connect(self._handle))
+
+    def sync(self, version, progress=lambda done, total: None):
+        """Takes part in moving version `version`; what rs_container_describe() says about it."""
+        callback = Progress(lambda user, done, total: progress(done, total))
+        request = _sized(SyncStruct, version=version, progress=callback)
+        _check(_lib.rs_sync_weights(self._handle, c.byref(request)))
+        return self.describe(DESCRIBE_STATS)
+
+    def param(self, name):
+        out = _sized(ParamStruct)
+        _check(_lib.rs_get_param(self._handle, name.encode(), c.byref(out)))
+        return out
+
+    def describe(self, what):
+        text, length = c.create_string_buffer(4096), c.c_size_t()
+        while (status := _lib.rs_container_describe(self._handle, what, None, text, len(text), c.byref(length))) == ERR_TOO_SMALL:
+            text = c.create_string_buffer(length.value)
+        _check(status)
+        return json.loads(text.value)
+
+    def close(self):
+        _lib.rs_container_destroy(self._handle)
+        self._handle = c.c_void_p()
