@@ -32,7 +32,7 @@ asan_rust() {
     some_tests sanitized test --tests --no-fail-fast
     local built
     built=target/asan/$(host)/debug
-    holds __asan_report "$built/libreshard.rlib" || { echo "libreshard.rlib is not sanitized"; return 1; }
+    holds __asan_report "$built/libreshard.a" || { echo "libreshard.a is not sanitized"; return 1; }
     for program in "$built"/deps/*; do
         [[ -x $program && $program != *.so ]] || continue
         holds __asan_init "$program" || { echo "$program is not sanitized"; return 1; }
