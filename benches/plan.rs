@@ -7,7 +7,7 @@
 use reshard::exec::work::{Way, build};
 use reshard::geom::{Axis, Pattern};
 use reshard::layout::{Tensor, Tile};
-use reshard::plan::facts::{facts, plan};
+use reshard::plan::facts::{classes, facts, plan};
 use reshard::plan::local::Local;
 use reshard::plan::{Place, Plan};
 use reshard::wire::{Table, TableBuffer};
@@ -39,13 +39,14 @@ fn main() {
     let tables = [table(1, 0, true), table(1, 1, true), table(2, 0, false), table(2, 1, false)];
     let blobs: Vec<Vec<u8>> = (0..).zip(&tables).map(|(r, t)| t.encode(r).expect("encodes")).collect();
     let places = vec![Place { host: 1, device: [0, 0] }; 4];
+    let classes = classes(4);
     let mut seconds = vec![];
     let mut bytes = 0;
     for _ in 0..5 {
         let begun = Instant::now();
         let tables: Vec<Table> = blobs.iter().map(|b| Table::decode(b).expect("decodes").1).collect();
         let decoded = begun.elapsed().as_secs_f64();
-        let (_, facts) = facts(2, &tables).expect("facts");
+        let (_, facts) = facts(2, &tables, &classes).expect("facts");
         let plan: Plan = plan(2, &places, &facts).expect("plan");
         let planned = begun.elapsed().as_secs_f64();
         let work = build(&plan, &Local::default(), &|_| true, &|_| true, &Way::Group, 1 << 20);

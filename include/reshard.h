@@ -186,14 +186,20 @@ typedef int32_t rs_status_t;
 /** `rs_param_t.state`: a failed sync wrote a part of it. */
 #define RS_PARAM_TORN 3
 
-/** `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it. */
+/**
+ * `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it. Of
+ * rs_preset_describe(): the plan of this rank, made without any peer.
+ */
 #define RS_DESCRIBE_PLAN 1
 
 /** `what` of rs_container_describe(): the last sync (bytes, seconds, staging) and the container's state. */
 #define RS_DESCRIBE_STATS 2
 
-/** `what` of rs_container_describe(): this rank's tensors, buffers and tiles. */
+/** `what` of rs_container_describe(): this rank's tensors, buffers and tiles. Of rs_preset_describe(): this rank's parameters. */
 #define RS_DESCRIBE_LAYOUT 3
+
+/** `what` of rs_preset_describe(): what a sync of the whole world moves. */
+#define RS_DESCRIBE_WORLD 4
 
 /** `max_level` of rs_set_log(): no lines. */
 #define RS_LOG_OFF 0
@@ -225,7 +231,10 @@ typedef struct rs_container_t rs_container_t;
  */
 typedef struct rs_comm_t rs_comm_t;
 
-/** A world spec with one rank's pointers. Reserved: presets are not built yet. */
+/**
+ * A world spec with one rank's pointers: layouts of known models, without computing boxes. From rs_preset_create() to
+ * rs_preset_destroy(); a second thread gets RS_ERR_BUSY as with a container.
+ */
 typedef struct rs_preset_t rs_preset_t;
 
 /** An element type, DLPack's codes: bf16 is {4, 16, 1}, fp16 {2, 16, 1}, fp32 {2, 32, 1}, int8 {0, 8, 1}. */
@@ -413,7 +422,10 @@ typedef struct rs_config_t {
     rs_comm_t *comm;
     /** The caller's device, for buffers on it; NULL: host memory. Copied. */
     const rs_device_t *device;
-    /** NULL: the layout argument of rs_container_create() gives the tables. Presets are not built yet. */
+    /**
+     * A preset of this rank instead of a layout, with all its parameters bound. Copied. NULL: the layout argument of
+     * rs_container_create() gives the tables.
+     */
     const rs_preset_t *preset;
     /** Equal on ranks of one host, for the choice of the nearest sender; 0: found out. */
     uint64_t host_id;
@@ -565,15 +577,15 @@ typedef struct rs_comm_ops_t {
     void (*abort)(void *ctx);
 } rs_comm_ops_t;
 
-/** A parameter of a preset and its memory. Reserved: presets are not built yet. */
+/** A parameter of a preset and its memory. Zero it and set struct_size and the rest. */
 typedef struct rs_bind_t {
     /** sizeof(rs_bind_t). */
     size_t struct_size;
-    /** The framework's parameter name. */
+    /** The framework's own name on this rank. In Megatron layers count from 0 in each chunk, and leading `module.` do not matter. */
     const char *name;
-    /** RS_SOURCE, RS_TARGET or both. */
+    /** RS_SOURCE or RS_TARGET: which side's parameter it is. Both: one of each side in the same memory; what lies alike is not moved. */
     uint32_t role;
-    /** Virtual-pipeline chunk. */
+    /** Virtual-pipeline chunk, 0 if there is one only. */
     uint32_t model_chunk;
     /** As in the buffer table. */
     void *data;
@@ -589,7 +601,7 @@ typedef struct rs_bind_t {
     uint32_t ndim;
     /** `ndim` extents in elements. */
     const int64_t *shape;
-    /** `ndim` strides in elements. */
+    /** `ndim` strides in elements, which must be dense and row-major; NULL: they are. */
     const int64_t *strides;
 } rs_bind_t;
 
@@ -610,17 +622,20 @@ extern "C" {
  * names the row by its number and name.
  *
  * - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
- * - layout: the tables. Copied, with all names. The weights themselves (`rs_buffer_t.data`) are borrowed: they stay where they are
- *   until rs_container_rebind() or rs_container_destroy(). A rank without weights gives tables of no rows.
+ * - layout: the tables; NULL with config.preset, which says the same of a known model. Copied, with all names. The weights themselves
+ *   (`rs_buffer_t.data`, `rs_bind_t.data`) are borrowed: they stay where they are until rs_container_rebind() or
+ *   rs_container_destroy(). A rank without weights gives tables of no rows.
  * - out: the new container, the caller's to destroy.
  *
- * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (presets, transforms, memory of a
- * device that config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves).
+ * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
+ * config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset that are not
+ * bound).
  */
 rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *layout, rs_container_t **out);
 
 /**
- * Agrees with the other ranks, exchanges the tables and plans: afterwards every element of every target has exactly one sender.
+ * Agrees with the other ranks, exchanges the tables (with a world spec there are none to exchange) and plans: afterwards every element
+ * of every target has exactly one sender. Either all ranks have a preset, of the same spec, or none has.
  *
  * Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
  * boxes.
@@ -629,7 +644,7 @@ rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *la
  * `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
  *
  * Errors: RS_ERR_STATE (no communicator), RS_ERR_COVERAGE (an element that no rank holds: names parameter and box),
- * RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another version of this library on some rank),
+ * RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another world spec or version of this library on some rank),
  * RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
  */
 rs_status_t rs_container_connect(rs_container_t *container);
@@ -650,7 +665,7 @@ rs_status_t rs_container_export(const rs_container_t *container, void *buf, size
  * the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
  *
  * Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
- * RS_ERR_STATE (no communicator yet), RS_ERR_BUSY.
+ * RS_ERR_STATE (no communicator yet, or a world spec), RS_ERR_BUSY.
  */
 rs_status_t rs_container_import(rs_container_t *container, const void *blob, size_t len);
 
@@ -748,19 +763,83 @@ rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what
  */
 void rs_container_destroy(rs_container_t *container);
 
-/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. Describe the weights by tables. */
+/**
+ * Reads a world spec: a model and how trainer and engine cut it. It says what every rank holds, so that no rank computes boxes and
+ * none is asked for its tables.
+ *
+ * ```json
+ * {"model":  {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "...": "..."},
+ *  "source": {"framework": "megatron", "ranks": "0-15", "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+ *  "target": {"framework": "vllm", "ranks": "16-23", "tensor_parallel_size": 2, "replicas": 4},
+ *  "ranks_per_host": 8, "link_gb_per_s": {"same_host": 100, "network": 25}, "ignore": ["*.rotary_emb.inv_freq"]}
+ * ```
+ *
+ * `model` is the model's own config.json: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. `ranks` are ranks
+ * of the communicator, in the framework's own order, as text or as a list; both sides may have the same. Either side may be any
+ * framework. Members bear the framework's own names and have its defaults:
+ *
+ * - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
+ *   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
+ *   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
+ *   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
+ *   params_dtype; MindSpeed's num_layer_list and noop_layers.
+ * - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, vocab_padding_size, dtype;
+ *   replicas: independent engines, each an equal run of `ranks`.
+ * - hf: whole Hugging Face tensors on each rank; dtype.
+ *
+ * The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
+ * is for rs_preset_bind().
+ *
+ * - spec_json: read, not kept. Equal in meaning on all ranks: connect compares.
+ * - rank: this process's rank of the communicator; it need not play a part.
+ * - out: the new preset, the caller's to destroy.
+ *
+ * Local; any thread. Errors, which name the member: RS_ERR_INVALID (unknown, missing or contradictory), RS_ERR_UNSUPPORTED (what the
+ * framework forbids, and what is not built).
+ */
 rs_status_t rs_preset_create(const char *spec_json, int32_t rank, rs_preset_t **out);
 
-/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
+/**
+ * Gives one of this rank's parameters its memory, by the name that the framework calls it; a second time: other memory. Every
+ * parameter that the spec says this rank has must be bound before the preset is used; rs_preset_describe() lists them.
+ *
+ * - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
+ *
+ * Local; one thread at a time. Errors: RS_ERR_NOT_FOUND (no such parameter on this rank: tells the nearest names; or add it to the
+ * spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than the
+ * spec says: tells both), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
+ */
 rs_status_t rs_preset_bind(rs_preset_t *preset, const rs_bind_t *bind);
 
-/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
-rs_status_t rs_preset_layout(rs_preset_t *preset, rs_layout_t *out);
+/**
+ * This rank's tables, as the spec says: for a look, or to add rows of one's own and create a container from them.
+ *
+ * - out: set out->struct_size; the rest is written. Its tables are borrowed from the preset until the next rs_preset_bind() or
+ *   rs_preset_destroy().
+ *
+ * Local; other reading calls may run beside it. Errors: RS_ERR_STATE (lists what is not bound), RS_ERR_LAYOUT (memory that
+ * overlaps), RS_ERR_INVALID, RS_ERR_BUSY.
+ */
+rs_status_t rs_preset_layout(const rs_preset_t *preset, rs_layout_t *out);
 
-/** Reserved for world specs: answers RS_ERR_UNSUPPORTED. */
-rs_status_t rs_preset_describe(rs_preset_t *preset, uint32_t what, char *buf, size_t cap, size_t *len);
+/**
+ * Tells about the spec, as JSON, without any other rank. Readers skip members that they do not know: more may come.
+ *
+ * - what: RS_DESCRIBE_LAYOUT: this rank's parameters, and which are bound. RS_DESCRIBE_PLAN: what this rank sends and receives in a
+ *   sync. RS_DESCRIBE_WORLD: what all ranks do (bytes by stages and distance, the busiest rank, rounds, staging; seconds if the spec
+ *   has link_gb_per_s). Hosts are runs of `ranks_per_host` ranks; without it, all ranks are on one.
+ * - buf, cap, len: as in rs_container_describe().
+ *
+ * Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no
+ * source holds), RS_ERR_BUSY.
+ */
+rs_status_t rs_preset_describe(const rs_preset_t *preset, uint32_t what, char *buf, size_t cap, size_t *len);
 
-/** Reserved for world specs. There is nothing to destroy yet; NULL is nothing. */
+/**
+ * Ends a preset; containers made from it stay. NULL is nothing.
+ *
+ * The last call on it, on any thread, beside no other.
+ */
 void rs_preset_destroy(rs_preset_t *preset);
 
 /**

@@ -91,12 +91,15 @@ pub const RS_PARAM_LANDED: u32 = 2;
 /// `rs_param_t.state`: a failed sync wrote a part of it.
 pub const RS_PARAM_TORN: u32 = 3;
 
-/// `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it.
+/// `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it. Of
+/// rs_preset_describe(): the plan of this rank, made without any peer.
 pub const RS_DESCRIBE_PLAN: u32 = 1;
 /// `what` of rs_container_describe(): the last sync (bytes, seconds, staging) and the container's state.
 pub const RS_DESCRIBE_STATS: u32 = 2;
-/// `what` of rs_container_describe(): this rank's tensors, buffers and tiles.
+/// `what` of rs_container_describe(): this rank's tensors, buffers and tiles. Of rs_preset_describe(): this rank's parameters.
 pub const RS_DESCRIBE_LAYOUT: u32 = 3;
+/// `what` of rs_preset_describe(): what a sync of the whole world moves.
+pub const RS_DESCRIBE_WORLD: u32 = 4;
 
 /// `max_level` of rs_set_log(): no lines.
 pub const RS_LOG_OFF: u32 = 0;
@@ -117,7 +120,8 @@ pub struct rs_container_t;
 /// A reference to a communicator: a fixed set of ranks and a way between them. From one of the rs_comm_*() functions to
 /// rs_comm_destroy(). It fails once: after an abort, a dead peer or a missed deadline another one must be made.
 pub struct rs_comm_t;
-/// A world spec with one rank's pointers. Reserved: presets are not built yet.
+/// A world spec with one rank's pointers: layouts of known models, without computing boxes. From rs_preset_create() to
+/// rs_preset_destroy(); a second thread gets RS_ERR_BUSY as with a container.
 pub struct rs_preset_t;
 
 /// An element type, DLPack's codes: bf16 is {4, 16, 1}, fp16 {2, 16, 1}, fp32 {2, 32, 1}, int8 {0, 8, 1}.
@@ -308,7 +312,8 @@ pub struct rs_config_t {
     pub comm: *mut rs_comm_t,
     /// The caller's device, for buffers on it; NULL: host memory. Copied.
     pub device: *const rs_device_t,
-    /// NULL: the layout argument of rs_container_create() gives the tables. Presets are not built yet.
+    /// A preset of this rank instead of a layout, with all its parameters bound. Copied. NULL: the layout argument of
+    /// rs_container_create() gives the tables.
     pub preset: *const rs_preset_t,
     /// Equal on ranks of one host, for the choice of the nearest sender; 0: found out.
     pub host_id: u64,
@@ -456,17 +461,17 @@ pub struct rs_comm_ops_t {
     pub abort: Option<unsafe extern "C" fn(ctx: *mut c_void)>,
 }
 
-/// A parameter of a preset and its memory. Reserved: presets are not built yet.
+/// A parameter of a preset and its memory. Zero it and set struct_size and the rest.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct rs_bind_t {
     /// sizeof(rs_bind_t).
     pub struct_size: usize,
-    /// The framework's parameter name.
+    /// The framework's own name on this rank. In Megatron layers count from 0 in each chunk, and leading `module.` do not matter.
     pub name: *const c_char,
-    /// RS_SOURCE, RS_TARGET or both.
+    /// RS_SOURCE or RS_TARGET: which side's parameter it is. Both: one of each side in the same memory; what lies alike is not moved.
     pub role: u32,
-    /// Virtual-pipeline chunk.
+    /// Virtual-pipeline chunk, 0 if there is one only.
     pub model_chunk: u32,
     /// As in the buffer table.
     pub data: *mut c_void,
@@ -482,7 +487,7 @@ pub struct rs_bind_t {
     pub ndim: u32,
     /// `ndim` extents in elements.
     pub shape: *const i64,
-    /// `ndim` strides in elements.
+    /// `ndim` strides in elements, which must be dense and row-major; NULL: they are.
     pub strides: *const i64,
 }
 

@@ -11,6 +11,7 @@ pub mod error;
 pub mod geom;
 pub mod layout;
 pub mod wire;
+pub mod preset;
 pub mod plan;
 pub mod device;
 pub mod comm;

@@ -66,6 +66,8 @@ pub struct Record {
     pub table_digest: u64,
     /// How often it was bound to addresses.
     pub binding: u64,
+    /// Digest of its world spec; 0: it is described by tables.
+    pub spec: u64,
 }
 
 impl Record {
@@ -85,7 +87,7 @@ impl Record {
             self.table_len,
             self.table_digest,
             self.binding,
-            0,
+            self.spec,
             0,
             0,
             0,
@@ -130,6 +132,7 @@ impl Record {
             table_len: w[7],
             table_digest: w[8],
             binding: w[9],
+            spec: w[10],
         };
         if (record.rank, record.world) != (rank, world) {
             bail!(
@@ -422,6 +425,7 @@ mod tests {
             table_len: 10,
             table_digest: 11,
             binding: 12,
+            spec: 13,
         };
         let bytes = r.encode();
         assert_eq!(bytes.len(), Record::LEN);

@@ -50,7 +50,7 @@ fn container(comm: Arc<dyn Comm>, names: &[&str], role: u32, memory: &mut [Vec<u
     let timeout = Duration::from_secs(20);
     let device = Arc::new(HostDevice::new());
     let config = Config { label: String::new(), device, host_id: None, staging: 1 << 20, threads: 1, timeout, comm: Some(comm) };
-    Container::new(config, layout, mems).unwrap()
+    Container::new(config, layout, mems, None).unwrap()
 }
 
 fn version(version: u64) -> Sync {
@@ -78,17 +78,17 @@ fn torn_memory_stays_torn_whatever_it_is_called() {
         let [w, v] = memory;
         let mut memory = [w, v, vec![0u16; 8]];
         let (other, mems) = layout(&["w", "v", "u"], RS_TARGET, &mut memory);
-        c.rebind(other, mems).unwrap();
+        c.rebind(other, mems, None).unwrap();
         assert_eq!(c.param("w").unwrap_err().status(), RS_ERR_TORN);
         assert_eq!(c.param("u").unwrap().state, RS_PARAM_INITIAL);
         // The same memory under another name.
         let (other, mems) = layout(&["renamed", "v", "u"], RS_TARGET, &mut memory);
-        c.rebind(other, mems).unwrap();
+        c.rebind(other, mems, None).unwrap();
         assert_eq!(c.param("renamed").unwrap_err().status(), RS_ERR_TORN);
         // Other memory under the old name.
         let mut fresh = [vec![0u16; N], vec![0; 8], vec![0; 8]];
         let (other, mems) = layout(&["renamed", "v", "u"], RS_TARGET, &mut fresh);
-        c.rebind(other, mems).unwrap();
+        c.rebind(other, mems, None).unwrap();
         assert_eq!(c.param("renamed").unwrap().state, RS_PARAM_INITIAL);
         drop(c);
         drop(memory);

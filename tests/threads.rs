@@ -91,7 +91,7 @@ fn rank(comm: Arc<dyn Comm>, device: Arc<Noting>, role: u32, memory: &mut [u16])
     let layout = Layout::new(&tensors, &buffers, &[whole]).unwrap();
     let timeout = Duration::from_secs(20);
     let config = Config { label: String::new(), device, host_id: None, staging: 1 << 20, threads: 4, timeout, comm: Some(comm) };
-    let mut out = Container::new(config, layout, vec![mem]).unwrap();
+    let mut out = Container::new(config, layout, vec![mem], None).unwrap();
     out.connect().unwrap();
     out
 }

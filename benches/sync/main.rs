@@ -53,7 +53,7 @@ fn container(comm: Arc<dyn Comm>, side: &Side, mems: Vec<Mem>) -> Container {
         timeout: MINUTE,
         comm: Some(comm),
     };
-    let mut out = Container::new(config, layout, mems).expect("a container");
+    let mut out = Container::new(config, layout, mems, None).expect("a container");
     out.connect().expect("connects");
     out
 }

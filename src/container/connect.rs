@@ -2,13 +2,13 @@
 #![forbid(unsafe_code)]
 
 use super::sync::give_up;
-use super::{Container, Phase};
+use super::{Container, FromSpec, Phase};
 use crate::abi::*;
 use crate::comm::{Access, Comm, Deadline, Window};
 use crate::error::{Error, Result, bail, err};
 use crate::exec::work::{Way, Work, build, offer};
-use crate::plan::facts::{Union, facts, plan};
-use crate::plan::{PLANNER_VERSION, Place, Plan};
+use crate::plan::facts::{Union, classes, facts, plan};
+use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
@@ -29,7 +29,7 @@ pub(super) struct Connected {
     pub plan: Plan,
     /// Row of this rank's tensor table -> ordinal.
     pub ordinals: Vec<u32>,
-    /// Names of the source buffers that we receive from: (rank, row) -> name.
+    /// Names of the source buffers that we receive from: (rank, row) -> name. Empty with a world spec, which knows them.
     pub names: BTreeMap<(u32, u32), String>,
     /// Equal on all ranks.
     pub digest: u64,
@@ -111,8 +111,9 @@ impl Container {
                 self.device.name()
             );
         }
-        let own = Table::of(&self.layout);
-        let blob = own.encode(me)?;
+        // With a world spec nobody needs to be told.
+        let own = if self.spec.is_some() { None } else { Some(Table::of(&self.layout)) };
+        let blob = own.as_ref().map_or(Ok(vec![]), |own| own.encode(me))?;
         let record = Record {
             wire: WIRE_VERSION,
             planner: PLANNER_VERSION,
@@ -125,19 +126,25 @@ impl Container {
             imported: (0..world).all(|r| r == me || self.imported.contains_key(&r)),
             staging: self.staging,
             table_len: blob.len() as u64,
-            table_digest: Table::head(&blob)?.1,
+            table_digest: if own.is_some() { Table::head(&blob)?.1 } else { 0 },
             binding: self.binding,
+            spec: self.spec.as_ref().map_or(0, |s| s.world.spec.digest),
         };
         let all = comm.allgather(&record.encode(), deadline).map_err(|e| give_up(comm, e))?;
         let records: Vec<Record> = (0..world)
             .zip(all.chunks_exact(Record::LEN))
             .map(|(rank, bytes)| Record::decode(bytes, rank, world, PLANNER_VERSION))
             .collect::<Result<_>>()?;
-        let tables = self.tables(comm, own, blob, &records, deadline)?;
+        same_spec(&records)?;
+        let tables = own.map(|own| self.tables(comm, own, blob, &records, deadline)).transpose()?;
 
         let begun = Instant::now();
         let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device }).collect();
-        let planned = self.movable(comm).and(tables).and_then(|tables| Planned::new(me, &places, tables));
+        let planned = self.movable(comm).and_then(|()| match (&self.spec, tables) {
+            (Some(spec), _) => Planned::of_spec(me, &places, spec),
+            (None, Some(tables)) => Planned::of_tables(me, &places, tables?),
+            (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
+        });
         self.stats.plan_seconds = begun.elapsed().as_secs_f64();
         let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
         let planned = planned?;
@@ -310,8 +317,9 @@ struct Planned {
 }
 
 impl Planned {
-    fn new(me: u32, places: &[Place], tables: Vec<Table>) -> Result<Planned> {
-        let (union, facts) = facts(me, &tables)?;
+    fn of_tables(me: u32, places: &[Place], tables: Vec<Table>) -> Result<Planned> {
+        let classes = classes(tables.len() as u32);
+        let (union, facts) = facts(me, &tables, &classes)?;
         let plan = plan(me, places, &facts)?;
         let own = &tables[me as usize].tensors;
         let ordinal = |name: &str| union.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).map_or(0, |i| i as u32);
@@ -325,6 +333,40 @@ impl Planned {
         }
         Ok(Planned { union, plan, ordinals, names })
     }
+
+    fn of_spec(me: u32, places: &[Place], spec: &FromSpec) -> Result<Planned> {
+        let world = &spec.world;
+        if spec.rank != me {
+            bail!(RS_ERR_MISMATCH, "its preset was created for rank {}, its communicator says rank {me}", spec.rank);
+        }
+        if world.ranks() as usize > places.len() {
+            bail!(RS_ERR_MISMATCH, "the spec has ranks up to {}, the communicator has {} ranks", world.ranks() - 1, places.len());
+        }
+        let plan = closed::plan(me, places, world)?;
+        let union = Union::new(world.tensors(), world.spec.digest);
+        Ok(Planned { union, plan, ordinals: spec.ordinals.clone(), names: BTreeMap::new() })
+    }
+}
+
+/// All ranks are described by one spec, or none is. All see the same records, so all come to the same end.
+fn same_spec(records: &[Record]) -> Result<()> {
+    let mut count: BTreeMap<u64, usize> = BTreeMap::new();
+    records.iter().for_each(|r| *count.entry(r.spec).or_default() += 1);
+    // What most ranks have is taken for right; of equals, a spec.
+    let Some((&usual, _)) = count.iter().max_by_key(|(spec, n)| (**n, **spec)) else { return Ok(()) };
+    let odd: Vec<&Record> = records.iter().filter(|r| r.spec != usual).collect();
+    let Some(first) = odd.first() else { return Ok(()) };
+    let what = |spec: u64| if spec == 0 { "is described by tables".to_string() } else { format!("has the spec {spec:016x}") };
+    let ranks: Vec<u32> = odd.iter().map(|r| r.rank).take(16).collect();
+    bail!(
+        RS_ERR_MISMATCH,
+        "{} of {} ranks differ from the others, which {}: ranks {ranks:?}; rank {} {}: give all ranks the same world spec",
+        odd.len(),
+        records.len(),
+        if usual == 0 { "are described by tables".to_string() } else { format!("have the spec {usual:016x}") },
+        first.rank,
+        what(first.spec)
+    );
 }
 
 /// Gathers how a step went on all ranks. An error of one is an error on all, with its text. Gives the most peers of any rank.

@@ -91,8 +91,9 @@ impl Container {
         }
         for peer in &c.plan.peers {
             for p in peer.into.iter().filter(|p| rows.contains(&p.dst.buffer)) {
-                let from = c.names.get(&(peer.rank, p.src.buffer)).map(String::as_str);
-                add(&mut boxes, p, union(p), "from", peer.rank, from, "wire");
+                let known = || c.names.get(&(peer.rank, p.src.buffer)).cloned();
+                let from = self.spec.as_ref().map_or_else(known, |s| s.world.param_name(0, peer.rank, p.src.buffer));
+                add(&mut boxes, p, union(p), "from", peer.rank, from.as_deref(), "wire");
             }
             for p in peer.out.iter().filter(|p| rows.contains(&p.src.buffer)) {
                 add(&mut sent, p, union(p), "to", peer.rank, None, "wire");

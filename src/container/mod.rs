@@ -18,6 +18,7 @@ use crate::device::{Device, Mem, Stream};
 use crate::error::{Result, bail, err};
 use crate::layout::{Buffer, Layout};
 use crate::plan::local::{Local, plan_local};
+use crate::preset::world::World;
 use crate::wire::Table;
 use connect::Connected;
 pub use state::{Control, Param};
@@ -42,6 +43,16 @@ pub struct Config {
     pub timeout: Duration,
     /// The ranks, if they are known already.
     pub comm: Option<Arc<dyn Comm>>,
+}
+
+/// The world spec that a rank's tables come from.
+pub struct FromSpec {
+    /// The world.
+    pub world: Arc<World>,
+    /// The rank that the tables are of.
+    pub rank: u32,
+    /// Ordinal of each row of its tensor table.
+    pub ordinals: Vec<u32>,
 }
 
 /// One sync.
@@ -77,6 +88,7 @@ pub struct Container {
     control: Arc<Control>,
     layout: Layout,
     mems: Vec<Mem>,
+    spec: Option<FromSpec>,
     local: Local,
     /// How often this rank was bound to addresses.
     binding: u64,
@@ -87,8 +99,8 @@ pub struct Container {
 }
 
 impl Container {
-    /// Local. `mems[i]` is the memory of row i of the layout's buffers.
-    pub fn new(config: Config, layout: Layout, mems: Vec<Mem>) -> Result<Container> {
+    /// Local. `mems[i]` is the memory of row i of the layout's buffers; `spec` is where the layout comes from, if it was not given.
+    pub fn new(config: Config, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<Container> {
         check_memory(&*config.device, &layout, &mems)?;
         let control = Arc::new(Control::default());
         control.set_comm(config.comm.clone());
@@ -106,6 +118,7 @@ impl Container {
             local,
             layout,
             mems,
+            spec,
             binding: 1,
             imported: BTreeMap::new(),
             phase: Phase::Created,
@@ -139,6 +152,9 @@ impl Container {
 
     /// Another rank's tables (or this rank's: checked). Once all ranks have all tables, connect exchanges none.
     pub fn import(&mut self, blob: &[u8]) -> Result<()> {
+        if self.spec.is_some() {
+            bail!(RS_ERR_STATE, "this rank is described by a world spec: there are no tables to import");
+        }
         let comm = self.comm()?;
         let (digest, (rank, table)) = (Table::head(blob)?.1, Table::decode(blob)?);
         if rank >= comm.world() {
@@ -154,17 +170,18 @@ impl Container {
 
     /// Other memory. With the same boxes a local call: plans stay, the next sync tells the others the addresses. With other boxes
     /// every rank rebinds or not as it likes, and all connect.
-    pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>) -> Result<()> {
+    pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<()> {
         check_memory(&*self.device, &layout, &mems)?;
         let local = plan_local(&layout)?;
         let params = layout.buffers().iter().map(|b| self.carried(b)).collect();
-        if !self.layout.same_boxes(&layout) {
+        let digest = |s: &Option<FromSpec>| s.as_ref().map(|s| s.world.spec.digest);
+        if !self.layout.same_boxes(&layout) || digest(&self.spec) != digest(&spec) {
             self.imported.clear();
             self.phase = Phase::Created;
         }
         self.params = params;
         self.binding += 1;
-        (self.layout, self.mems, self.local) = (layout, mems, local);
+        (self.layout, self.mems, self.spec, self.local) = (layout, mems, spec, local);
         Ok(())
     }
 

@@ -126,17 +126,11 @@ impl Container {
         let Some(only) = &request.only else { return Ok(None) };
         let mut chosen = vec![false; c.union.tensors.len()];
         for (i, entry) in only.iter().enumerate() {
-            let prefix = entry.strip_suffix('*');
-            let from = c.union.tensors.partition_point(|t| t.name.as_str() < prefix.unwrap_or(entry));
-            let hits = c.union.tensors[from..].iter().take_while(|t| match prefix {
-                Some(prefix) => t.name.starts_with(prefix),
-                None => t.name == *entry,
-            });
-            let hits = hits.count();
-            if hits == 0 {
+            let named = c.union.named(entry);
+            if named.is_empty() {
                 bail!(RS_ERR_NOT_FOUND, "only[{i}]: no rank has a tensor '{entry}'");
             }
-            chosen[from..from + hits].fill(true);
+            named.iter().for_each(|&o| chosen[o as usize] = true);
         }
         // A parameter has one version: all of it moves, or nothing.
         let mut first: Vec<Option<(bool, u32)>> = vec![None; self.layout.buffers().len()];

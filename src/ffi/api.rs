@@ -2,6 +2,7 @@
 #![allow(clippy::missing_safety_doc)] // The whole comment is the promise, in the header's words.
 
 use super::handle::{CommHandle, Handle};
+use super::preset::PresetHandle;
 use super::write::{GrowingOut, Out, bytes};
 use super::{call, convert, last_error, logger, read};
 use crate::abi::*;
@@ -18,12 +19,14 @@ use std::sync::Arc;
 /// names the row by its number and name.
 ///
 /// - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
-/// - layout: the tables. Copied, with all names. The weights themselves (`rs_buffer_t.data`) are borrowed: they stay where they are
-///   until rs_container_rebind() or rs_container_destroy(). A rank without weights gives tables of no rows.
+/// - layout: the tables; NULL with config.preset, which says the same of a known model. Copied, with all names. The weights themselves
+///   (`rs_buffer_t.data`, `rs_bind_t.data`) are borrowed: they stay where they are until rs_container_rebind() or
+///   rs_container_destroy(). A rank without weights gives tables of no rows.
 /// - out: the new container, the caller's to destroy.
 ///
-/// Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (presets, transforms, memory of a
-/// device that config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves).
+/// Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
+/// config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset that are not
+/// bound).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_create(
     config: *const rs_config_t,
@@ -38,7 +41,8 @@ pub unsafe extern "C" fn rs_container_create(
     })
 }
 
-/// Agrees with the other ranks, exchanges the tables and plans: afterwards every element of every target has exactly one sender.
+/// Agrees with the other ranks, exchanges the tables (with a world spec there are none to exchange) and plans: afterwards every element
+/// of every target has exactly one sender. Either all ranks have a preset, of the same spec, or none has.
 ///
 /// Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
 /// boxes.
@@ -47,7 +51,7 @@ pub unsafe extern "C" fn rs_container_create(
 /// `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
 ///
 /// Errors: RS_ERR_STATE (no communicator), RS_ERR_COVERAGE (an element that no rank holds: names parameter and box),
-/// RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another version of this library on some rank),
+/// RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another world spec or version of this library on some rank),
 /// RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_connect(container: *mut rs_container_t) -> rs_status_t {
@@ -77,7 +81,7 @@ pub unsafe extern "C" fn rs_container_export(
 /// the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
 ///
 /// Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
-/// RS_ERR_STATE (no communicator yet), RS_ERR_BUSY.
+/// RS_ERR_STATE (no communicator yet, or a world spec), RS_ERR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_import(container: *mut rs_container_t, blob: *const c_void, len: usize) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -224,49 +228,107 @@ pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
     call(|| unsafe { Handle::destroy(container) });
 }
 
-/// Reserved for world specs: answers RS_ERR_UNSUPPORTED. Describe the weights by tables.
+/// Reads a world spec: a model and how trainer and engine cut it. It says what every rank holds, so that no rank computes boxes and
+/// none is asked for its tables.
+///
+/// ```json
+/// {"model":  {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "...": "..."},
+///  "source": {"framework": "megatron", "ranks": "0-15", "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+///  "target": {"framework": "vllm", "ranks": "16-23", "tensor_parallel_size": 2, "replicas": 4},
+///  "ranks_per_host": 8, "link_gb_per_s": {"same_host": 100, "network": 25}, "ignore": ["*.rotary_emb.inv_freq"]}
+/// ```
+///
+/// `model` is the model's own config.json: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. `ranks` are ranks
+/// of the communicator, in the framework's own order, as text or as a list; both sides may have the same. Either side may be any
+/// framework. Members bear the framework's own names and have its defaults:
+///
+/// - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
+///   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
+///   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
+///   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
+///   params_dtype; MindSpeed's num_layer_list and noop_layers.
+/// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, vocab_padding_size, dtype;
+///   replicas: independent engines, each an equal run of `ranks`.
+/// - hf: whole Hugging Face tensors on each rank; dtype.
+///
+/// The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
+/// is for rs_preset_bind().
+///
+/// - spec_json: read, not kept. Equal in meaning on all ranks: connect compares.
+/// - rank: this process's rank of the communicator; it need not play a part.
+/// - out: the new preset, the caller's to destroy.
+///
+/// Local; any thread. Errors, which name the member: RS_ERR_INVALID (unknown, missing or contradictory), RS_ERR_UNSUPPORTED (what the
+/// framework forbids, and what is not built).
 #[unsafe(no_mangle)]
-#[allow(unused_variables)]
 pub unsafe extern "C" fn rs_preset_create(spec_json: *const c_char, rank: i32, out: *mut *mut rs_preset_t) -> rs_status_t {
-    call(no_presets)
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(PresetHandle::create(spec_json, rank)?);
+        Ok(())
+    })
 }
 
-/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+/// Gives one of this rank's parameters its memory, by the name that the framework calls it; a second time: other memory. Every
+/// parameter that the spec says this rank has must be bound before the preset is used; rs_preset_describe() lists them.
+///
+/// - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
+///
+/// Local; one thread at a time. Errors: RS_ERR_NOT_FOUND (no such parameter on this rank: tells the nearest names; or add it to the
+/// spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than the
+/// spec says: tells both), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
 #[unsafe(no_mangle)]
-#[allow(unused_variables)]
 pub unsafe extern "C" fn rs_preset_bind(preset: *mut rs_preset_t, bind: *const rs_bind_t) -> rs_status_t {
-    call(no_presets)
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { PresetHandle::of(preset)?.bind(bind) })
 }
 
-/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+/// This rank's tables, as the spec says: for a look, or to add rows of one's own and create a container from them.
+///
+/// - out: set out->struct_size; the rest is written. Its tables are borrowed from the preset until the next rs_preset_bind() or
+///   rs_preset_destroy().
+///
+/// Local; other reading calls may run beside it. Errors: RS_ERR_STATE (lists what is not bound), RS_ERR_LAYOUT (memory that
+/// overlaps), RS_ERR_INVALID, RS_ERR_BUSY.
 #[unsafe(no_mangle)]
-#[allow(unused_variables)]
-pub unsafe extern "C" fn rs_preset_layout(preset: *mut rs_preset_t, out: *mut rs_layout_t) -> rs_status_t {
-    call(no_presets)
+pub unsafe extern "C" fn rs_preset_layout(preset: *const rs_preset_t, out: *mut rs_layout_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = GrowingOut::new(out, "out")?;
+        out.put(PresetHandle::of(preset)?.layout()?);
+        Ok(())
+    })
 }
 
-/// Reserved for world specs: answers RS_ERR_UNSUPPORTED.
+/// Tells about the spec, as JSON, without any other rank. Readers skip members that they do not know: more may come.
+///
+/// - what: RS_DESCRIBE_LAYOUT: this rank's parameters, and which are bound. RS_DESCRIBE_PLAN: what this rank sends and receives in a
+///   sync. RS_DESCRIBE_WORLD: what all ranks do (bytes by stages and distance, the busiest rank, rounds, staging; seconds if the spec
+///   has link_gb_per_s). Hosts are runs of `ranks_per_host` ranks; without it, all ranks are on one.
+/// - buf, cap, len: as in rs_container_describe().
+///
+/// Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no
+/// source holds), RS_ERR_BUSY.
 #[unsafe(no_mangle)]
-#[allow(unused_variables)]
 pub unsafe extern "C" fn rs_preset_describe(
-    preset: *mut rs_preset_t,
+    preset: *const rs_preset_t,
     what: u32,
     buf: *mut c_char,
     cap: usize,
     len: *mut usize,
 ) -> rs_status_t {
-    call(no_presets)
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { bytes(&PresetHandle::of(preset)?.describe(what)?, buf.cast(), cap, len) })
 }
 
-/// Reserved for world specs. There is nothing to destroy yet; NULL is nothing.
+/// Ends a preset; containers made from it stay. NULL is nothing.
+///
+/// The last call on it, on any thread, beside no other.
 #[unsafe(no_mangle)]
-#[allow(unused_variables)]
 pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
-    call(|| Ok(()));
-}
-
-fn no_presets() -> Result<()> {
-    bail!(RS_ERR_UNSUPPORTED, "presets are not built yet: give rs_container_create() the tables of a layout")
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe { PresetHandle::destroy(preset) });
 }
 
 /// A communicator of the processes of one host: memory is read where it lies, or passes through shared memory.

@@ -1,10 +1,11 @@
 //! Structs of the header as the crate's own types.
 
 use super::handle::CommHandle;
+use super::preset::PresetHandle;
 use super::read::{flags, list, optional_text, reserved, sized, table, text};
 use crate::abi::*;
 use crate::comm::{Comm, local};
-use crate::container::{Config, Sync};
+use crate::container::{Config, FromSpec, Sync};
 use crate::device::foreign::ForeignDevice;
 use crate::device::{Device, Mem, host};
 use crate::error::{Result, bail, err};
@@ -12,15 +13,51 @@ use crate::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::sync::Arc;
 use std::time::Duration;
 
-const DEFAULT_STAGING: u64 = 256 << 20;
+/// Staging where a config gives none.
+pub const DEFAULT_STAGING: u64 = 256 << 20;
 const DEFAULT_TIMEOUT_MS: u32 = 60_000;
 const MOST_THREADS: u32 = 1024;
+
+/// One rank's checked tables, whoever wrote them.
+pub struct Described {
+    pub layout: Layout,
+    /// Of each buffer.
+    pub mems: Vec<Mem>,
+    /// Virtual-pipeline chunk of each buffer.
+    pub chunks: Vec<u32>,
+    pub spec: Option<FromSpec>,
+}
+
+/// The tables of a layout or of a preset, one of which is NULL.
+///
+/// # Safety
+/// As the header promises for both; the buffers' memory is what [`Mem::new`] wants.
+pub unsafe fn described(tables: *const rs_layout_t, preset: *const rs_preset_t) -> Result<Described> {
+    if tables.is_null() == preset.is_null() {
+        let which = if preset.is_null() { "both are NULL" } else { "neither is NULL" };
+        bail!(RS_ERR_INVALID, "give either a layout or a preset: {which}");
+    }
+    if preset.is_null() {
+        // SAFETY: this function's promise.
+        let (layout, mems) = unsafe { layout(tables)? };
+        return Ok(Described { chunks: vec![0; mems.len()], layout, mems, spec: None });
+    }
+    // SAFETY: this function's promise.
+    unsafe { PresetHandle::of(preset)? }.read(|preset| {
+        let rows = preset.rows()?;
+        let layout = Layout::new(&rows.tensors, &rows.buffers, &rows.tiles)?;
+        // SAFETY: this function's promise.
+        let mems = rows.buffers.iter().map(|b| unsafe { memory(b) }).collect::<Result<_>>()?;
+        let spec = FromSpec { world: preset.world().clone(), rank: preset.rank(), ordinals: rows.ordinals };
+        Ok(Described { layout, mems, chunks: rows.chunks, spec: Some(spec) })
+    })
+}
 
 /// Tables checked row by row and as a whole, and the memory of each buffer.
 ///
 /// # Safety
 /// As the header promises for rs_layout_t; the buffers' memory is what [`Mem::new`] wants.
-pub unsafe fn layout(layout: *const rs_layout_t) -> Result<(Layout, Vec<Mem>)> {
+unsafe fn layout(layout: *const rs_layout_t) -> Result<(Layout, Vec<Mem>)> {
     // SAFETY: this function's promise, for the struct, its tables and their strings.
     unsafe {
         let l = sized(layout, "layout")?;
@@ -81,7 +118,8 @@ fn tile(row: &rs_tile_t) -> TileRow {
     }
 }
 
-fn axes(n: u32) -> Result<usize> {
+/// A number of axes.
+pub fn axes(n: u32) -> Result<usize> {
     if n as usize > RS_MAX_RANK {
         bail!(RS_ERR_INVALID, "{n}, at most RS_MAX_RANK ({RS_MAX_RANK}) is possible");
     }
@@ -97,11 +135,11 @@ unsafe fn memory(row: &BufferRow) -> Result<Mem> {
     Ok(unsafe { Mem::new(std::ptr::with_exposed_provenance_mut(row.addr as usize), len) })
 }
 
-/// A config, and the caller's device in it, which a container that could not be made must not release.
+/// A config, the preset in it, and the caller's device, which a container that could not be made must not release.
 ///
 /// # Safety
 /// As the header promises for rs_config_t.
-pub unsafe fn config(config: *const rs_config_t) -> Result<(Config, Option<Arc<ForeignDevice>>)> {
+pub unsafe fn config(config: *const rs_config_t) -> Result<(Config, *const rs_preset_t, Option<Arc<ForeignDevice>>)> {
     // SAFETY: this function's promise, for the struct and what it points to.
     let (c, label, comm, foreign) = unsafe {
         let c = sized(config, "config")?;
@@ -114,9 +152,6 @@ pub unsafe fn config(config: *const rs_config_t) -> Result<(Config, Option<Arc<F
         bail!(RS_ERR_INVALID, "config.abi is {}, it must be RS_ABI, {RS_ABI} in this library", c.abi);
     }
     flags(c.flags, 0, "config.flags")?;
-    if !c.preset.is_null() {
-        bail!(RS_ERR_UNSUPPORTED, "config.preset: presets are not built yet; leave it NULL and give the tables as layout");
-    }
     let device: Arc<dyn Device> = match &foreign {
         Some(device) => device.clone(),
         None => Arc::new(host::HostDevice::new()),
@@ -130,7 +165,7 @@ pub unsafe fn config(config: *const rs_config_t) -> Result<(Config, Option<Arc<F
         timeout: timeout(c.timeout_ms).unwrap_or(Duration::from_millis(DEFAULT_TIMEOUT_MS.into())),
         comm,
     };
-    Ok((config, foreign))
+    Ok((config, c.preset, foreign))
 }
 
 fn threads(host_threads: u32) -> Result<usize> {

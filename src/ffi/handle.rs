@@ -1,7 +1,8 @@
 //! What the handles point to, and who may be inside one.
 
+use super::convert::{self, Described};
 use super::read::optional_text;
-use super::{convert, logger};
+use super::{c_string, logger};
 use crate::abi::*;
 use crate::comm::Comm;
 use crate::container::{Container, Control, Param};
@@ -19,10 +20,11 @@ pub struct Handle {
     inner: RwLock<Named>,
 }
 
-/// A container with its buffers' names as C wants them, replaced together.
+/// A container with its buffers' names as C wants them and their virtual-pipeline chunks, replaced together.
 pub struct Named {
     pub container: Container,
     names: Vec<CString>,
+    chunks: Vec<u32>,
 }
 
 impl Handle {
@@ -32,14 +34,17 @@ impl Handle {
     /// As the header promises for rs_container_create().
     pub unsafe fn create(config: *const rs_config_t, layout: *const rs_layout_t) -> Result<*mut rs_container_t> {
         // SAFETY: this function's promise.
-        let ((config, foreign), (layout, mems)) = unsafe { (convert::config(config)?, convert::layout(layout)?) };
+        let ((config, foreign), Described { layout, mems, chunks, spec }) = unsafe {
+            let (config, preset, foreign) = convert::config(config)?;
+            ((config, foreign), convert::described(layout, preset)?)
+        };
         let names = names(&layout)?;
-        let container = Container::new(config, layout, mems)?;
+        let container = Container::new(config, layout, mems, spec)?;
         let label = c_string(container.label())?;
         if let Some(device) = foreign {
             device.own();
         }
-        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names }) };
+        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names, chunks }) };
         Ok(Box::into_raw(Box::new(handle)).cast())
     }
 
@@ -123,14 +128,11 @@ impl Named {
     /// # Safety
     /// As the header promises for rs_container_rebind().
     pub unsafe fn rebind(&mut self, layout: *const rs_layout_t, preset: *const rs_preset_t) -> Result<()> {
-        if !preset.is_null() {
-            bail!(RS_ERR_UNSUPPORTED, "preset: presets are not built yet; leave it NULL and give the tables as layout");
-        }
         // SAFETY: this function's promise.
-        let (layout, mems) = unsafe { convert::layout(layout)? };
+        let Described { layout, mems, chunks, spec } = unsafe { convert::described(layout, preset)? };
         let names = names(&layout)?;
-        self.container.rebind(layout, mems)?;
-        self.names = names;
+        self.container.rebind(layout, mems, spec)?;
+        (self.names, self.chunks) = (names, chunks);
         Ok(())
     }
 
@@ -152,7 +154,7 @@ impl Named {
             shape: b.shape.as_ptr(),
             strides: b.strides.as_ptr(),
             role: b.role,
-            model_chunk: 0,
+            model_chunk: self.chunks.get(param.buffer).copied().unwrap_or(0),
             state: param.state,
             reserved: 0,
             version: param.version,
@@ -172,10 +174,6 @@ impl Named {
 
 fn names(layout: &Layout) -> Result<Vec<CString>> {
     layout.buffers().iter().map(|b| c_string(&b.name)).collect()
-}
-
-fn c_string(text: &str) -> Result<CString> {
-    CString::new(text).map_err(|_| err!(RS_ERR_INTERNAL, "a text for C with a NUL in it: {text:?}"))
 }
 
 /// What an rs_comm_t is: one reference to a communicator.

@@ -10,12 +10,14 @@ mod convert;
 mod handle;
 mod last_error;
 mod logger;
+mod preset;
 mod read;
 mod write;
 
 use crate::abi::*;
 use crate::error::{Error, Result, err};
 use std::any::Any;
+use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a successful call answers.
@@ -44,6 +46,11 @@ fn call<A: Answer>(body: impl FnOnce() -> Result<A>) -> rs_status_t {
         Ok(Err(error)) => last_error::record(&error),
         Err(payload) => last_error::record(&panicked(&*payload)),
     }
+}
+
+/// A text of ours for C.
+fn c_string(text: &str) -> Result<CString> {
+    CString::new(text).map_err(|_| err!(RS_ERR_INTERNAL, "a text for C with a NUL in it: {text:?}"))
 }
 
 /// The default hook has written the place to stderr. No hook of ours: the process may hold other Rust code, whose hook it would be.

@@ -47,7 +47,7 @@ macro_rules! starts_with_size {
     )* };
 }
 plain!(rs_tensor_t, rs_buffer_t, rs_tile_t);
-starts_with_size!(rs_layout_t, rs_config_t, rs_sync_t, rs_param_t, rs_comm_local_t, rs_comm_ops_t, rs_device_t);
+starts_with_size!(rs_layout_t, rs_config_t, rs_sync_t, rs_param_t, rs_comm_local_t, rs_comm_ops_t, rs_device_t, rs_bind_t);
 
 /// The struct at `ptr`, called `what` by the caller: zeros where it is shorter than ours, refused where it uses what we do not know.
 ///

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::owners::{Held, Holder, held};
-use super::{Piece, piece};
+use super::{Piece, Spot, piece};
 use crate::abi::{RS_ERR_MISMATCH, RS_SOURCE, RS_TARGET};
 use crate::error::{Result, bail};
 use crate::geom::{Index, Radix, Region};
@@ -24,12 +24,12 @@ pub struct Local {
 /// Plans them.
 pub fn plan_local(layout: &Layout) -> Result<Local> {
     let mut tensors: BTreeMap<u32, [Vec<Holder<'_>>; 2]> = BTreeMap::new();
-    for (i, tile) in layout.tiles().iter().enumerate() {
+    for tile in layout.tiles() {
         let buffer = &layout.buffers()[tile.buffer as usize];
         let holder = Holder {
-            rank: 0,
-            tile: i as u32,
+            class: 0,
             buffer: tile.buffer,
+            base: 0,
             dtype: (buffer.dtype.code, buffer.dtype.bits),
             param: &buffer.name,
             pattern: &tile.pattern,
@@ -48,36 +48,42 @@ pub fn plan_local(layout: &Layout) -> Result<Local> {
         }
         let keys = sources.iter().chain(&targets).flat_map(|h| h.pattern.axes.iter().map(|a| a.key));
         let radix = Radix::new(facts.elements, keys);
-        let (sources, targets) = (held(&facts.name, &sources, &radix)?, held(&facts.name, &targets, &radix)?);
+        let own = (sources, targets);
+        let (sources, targets) = (held(&facts.name, &own.0, &radix)?, held(&facts.name, &own.1, &radix)?);
         let index = Index::new(sources.iter().map(|s| &s.patch.region));
         for target in &targets {
+            let to = &own.1[target.holder as usize];
             let mut rest = vec![target.patch.region.clone()];
             // Where a source is the target's own memory nothing moves: those first.
-            let mut order: Vec<(bool, &Held<'_>)> = vec![];
+            let mut order: Vec<(bool, &Held)> = vec![];
             for s in index.meeting(&target.patch.region).into_iter().map(|i| &sources[i]) {
                 if let Some(shared) = s.patch.region.meet(&target.patch.region) {
-                    order.push((!same_memory(layout, s, target, &shared), s));
+                    let ends = ((s, own.0[s.holder as usize].buffer), (target, to.buffer));
+                    order.push((!same_memory(layout, ends.0, ends.1, &shared), s));
                 }
             }
             order.sort_by_key(|o| o.0);
             for (copied, source) in order {
+                let from = &own.0[source.holder as usize];
                 for part in rest.iter().filter_map(|r| r.meet(&source.patch.region)) {
-                    if source.dtype != target.dtype {
+                    if from.dtype != to.dtype {
                         bail!(
                             RS_ERR_MISMATCH,
                             "tensor '{}': source '{}' has dtype (code {}, bits {}), target '{}' of the same rank has (code {}, bits \
                              {}); casts are not built",
                             facts.name,
-                            source.param,
-                            source.dtype.0,
-                            source.dtype.1,
-                            target.param,
-                            target.dtype.0,
-                            target.dtype.1
+                            from.param,
+                            from.dtype.0,
+                            from.dtype.1,
+                            to.param,
+                            to.dtype.0,
+                            to.dtype.1
                         );
                     }
-                    let item = u32::from(source.dtype.1) / 8;
-                    let piece = piece(&radix, &part, (source, tensor), (target, target.tile), item);
+                    let item = u32::from(from.dtype.1) / 8;
+                    let src = Spot { buffer: from.buffer, offset: source.patch.offset_of(&part) };
+                    let dst = Spot { buffer: to.buffer, offset: target.patch.offset_of(&part) };
+                    let piece = piece(&radix, &part, tensor, item, (source, src), (target, dst));
                     if copied { out.pieces.push(piece) } else { out.aliased.push(piece) }
                 }
                 Region::minus_all(&mut rest, &source.patch.region);
@@ -87,11 +93,11 @@ pub fn plan_local(layout: &Layout) -> Result<Local> {
     Ok(out)
 }
 
-/// Whether two boxes hold their shared elements at the same addresses.
-fn same_memory(layout: &Layout, a: &Held<'_>, b: &Held<'_>, shared: &Region) -> bool {
-    let addr = |h: &Held<'_>| {
-        let buffer = &layout.buffers()[h.buffer as usize];
+/// Whether two boxes, each in a row of the buffers, hold their shared elements at the same addresses.
+fn same_memory(layout: &Layout, (a, row_a): (&Held, u32), (b, row_b): (&Held, u32), shared: &Region) -> bool {
+    let addr = |h: &Held, row: u32| {
+        let buffer = &layout.buffers()[row as usize];
         buffer.addr + h.patch.offset_of(shared) * u64::from(buffer.item)
     };
-    addr(a) == addr(b) && (0..shared.len.len()).all(|i| shared.len[i] == 1 || a.patch.stride[i] == b.patch.stride[i])
+    addr(a, row_a) == addr(b, row_b) && (0..shared.len.len()).all(|i| shared.len[i] == 1 || a.patch.stride[i] == b.patch.stride[i])
 }

@@ -2,17 +2,20 @@
 //!
 //! One logical tensor at a time: its sources are cut into *atoms* ([`owners`]), each held whole by a set of ranks; what a target rank
 //! does not hold itself is met with the atoms; each such piece is given to one or several of the ranks that hold it ([`route`]). Pieces
-//! of a pair are packed into messages ([`rounds`]). What a rank holds itself is copied inside the rank ([`local`]).
+//! of a pair are packed into messages ([`rounds`]). What a rank holds itself is copied inside the rank ([`local`]). What lies where on
+//! the other ranks is known from their tables ([`facts`]) or from a world spec ([`closed`]).
 //!
 //! Knows boxes, ranks and the hosts they live on. Must not know memory, devices or communicators; no hash-map order reaches a plan.
 #![forbid(unsafe_code)]
 
+pub mod closed;
 pub mod facts;
 pub mod local;
 pub mod owners;
 pub mod report;
 pub mod rounds;
 pub mod route;
+pub mod totals;
 
 use crate::abi::RS_ERR_UNSUPPORTED;
 use crate::error::{Error, err};
@@ -61,8 +64,6 @@ pub struct Spot {
 pub struct Piece {
     /// Ordinal of the tensor.
     pub tensor: u32,
-    /// Row of the target rank's tile table.
-    pub tile: u32,
     /// Bytes of an element.
     pub item: u32,
     /// Number of the first element in the logical tensor.
@@ -236,6 +237,15 @@ impl Plan {
         (sum(|p| &p.out), sum(|p| &p.into))
     }
 
+    /// Puts the pieces of each pair in their order: by tensor, then by box. No two of a pair have the same of both.
+    fn sort(&mut self) {
+        for peer in &mut self.peers {
+            for list in [&mut peer.out, &mut peer.into] {
+                list.sort_by_key(|p| (p.tensor, p.key));
+            }
+        }
+    }
+
     fn peer(&mut self, rank: u32) -> &mut Peer {
         let at = match self.peers.binary_search_by_key(&rank, |p| p.rank) {
             Ok(at) => at,
@@ -257,24 +267,16 @@ pub(crate) fn incomparable(tensor: &str) -> Error {
     )
 }
 
-/// A region's part of two patches as a piece.
+/// A region's part of two boxes, that lies at `from.1` and goes to `to.1`, as a piece.
 pub(crate) fn piece(
     radix: &Radix,
     region: &Region,
-    src: (&owners::Held<'_>, u32),
-    dst: (&owners::Held<'_>, u32),
+    tensor: u32,
     item: u32,
+    (from, src): (&owners::Held, Spot),
+    (to, dst): (&owners::Held, Spot),
 ) -> Piece {
-    let ((from, tensor), (to, tile)) = (src, dst);
-    let mut piece = Piece {
-        tensor,
-        tile,
-        item,
-        key: radix.number(&region.lo),
-        src: Spot { buffer: from.buffer, offset: from.patch.offset_of(region) },
-        dst: Spot { buffer: to.buffer, offset: to.patch.offset_of(region) },
-        axes: SmallVec::new(),
-    };
+    let mut piece = Piece { tensor, item, key: radix.number(&region.lo), src, dst, axes: SmallVec::new() };
     for i in 0..radix.digits() {
         if region.len[i] > 1 {
             piece.axes.push(PieceAxis {

@@ -1,20 +1,30 @@
-//! Who holds what of one tensor: patches of all ranks in one radix, and the atoms of the sources.
+//! Who holds what of one tensor: patches of all classes of ranks in one radix, and the atoms of the sources.
 #![forbid(unsafe_code)]
 
 use super::incomparable;
 use crate::error::Result;
 use crate::geom::{Index, Patch, Pattern, Radix, Region};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
-/// A tile of some rank, as planning sees it.
+/// Ranks that hold and want the same boxes at the same places.
+#[derive(Clone, Debug)]
+pub struct Class {
+    /// Equal on equal lists.
+    pub id: u32,
+    /// The ranks, rising.
+    pub ranks: Rc<[u32]>,
+}
+
+/// A tile of every rank of a class, as planning sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Holder<'a> {
-    /// The rank.
-    pub rank: u32,
-    /// Row of its tile table.
-    pub tile: u32,
-    /// Row of its buffer table.
+    /// Index of the class.
+    pub class: u32,
+    /// Row of its buffer table, counted from [`super::route::Tensor::rows`] number `base`.
     pub buffer: u32,
+    /// See `buffer`.
+    pub base: u32,
     /// DLPack code and bits of the buffer.
     pub dtype: (u8, u8),
     /// The buffer's name, for errors.
@@ -25,30 +35,23 @@ pub struct Holder<'a> {
 
 /// One box of a holder. An owner is (rank, tile, first round in which it has the bytes): sources have them from round 0.
 #[derive(Clone, Debug)]
-pub struct Held<'a> {
-    /// The rank.
-    pub rank: u32,
-    /// Row of its tile table.
-    pub tile: u32,
-    /// Row of its buffer table.
-    pub buffer: u32,
-    /// DLPack code and bits.
-    pub dtype: (u8, u8),
-    /// The buffer's name.
-    pub param: &'a str,
-    /// First round in which the rank has the bytes.
+pub struct Held {
+    /// Index of the class.
+    pub class: u32,
+    /// Index of the holder.
+    pub holder: u32,
+    /// First round in which the ranks have the bytes.
     pub ready: u32,
     /// The box.
     pub patch: Patch,
 }
 
 /// All boxes of all holders, in their order.
-pub fn held<'a>(tensor: &str, holders: &[Holder<'a>], radix: &Radix) -> Result<Vec<Held<'a>>> {
+pub fn held(tensor: &str, holders: &[Holder<'_>], radix: &Radix) -> Result<Vec<Held>> {
     let mut out = Vec::with_capacity(holders.len());
-    for h in holders {
+    for (i, h) in holders.iter().enumerate() {
         for patch in h.pattern.patches(radix).ok_or_else(|| incomparable(tensor))? {
-            let Holder { rank, tile, buffer, dtype, param, .. } = *h;
-            out.push(Held { rank, tile, buffer, dtype, param, ready: 0, patch });
+            out.push(Held { class: h.class, holder: i as u32, ready: 0, patch });
         }
     }
     Ok(out)
@@ -64,7 +67,7 @@ pub struct Atom {
 }
 
 /// Cuts the sources' boxes into disjoint atoms.
-pub fn atoms(sources: &[Held<'_>]) -> Vec<Atom> {
+pub fn atoms(sources: &[Held]) -> Vec<Atom> {
     let mut distinct: BTreeMap<&Region, Vec<usize>> = BTreeMap::new();
     for (i, s) in sources.iter().enumerate() {
         distinct.entry(&s.patch.region).or_default().push(i);
@@ -121,12 +124,12 @@ mod tests {
     fn every_cell_is_in_one_atom_with_all_its_owners() {
         let mut rng = fastrand::Rng::with_seed(5);
         for _ in 0..500 {
-            let sources: Vec<Held<'_>> = (0..rng.u32(1..6))
-                .map(|rank| {
+            let sources: Vec<Held> = (0..rng.u32(1..6))
+                .map(|class| {
                     let lo: Dims = smallvec![rng.u64(0..5), rng.u64(0..5)];
                     let len: Dims = smallvec![rng.u64(1..5), rng.u64(1..5)];
                     let patch = Patch { region: Region { lo, len }, offset: 0, stride: smallvec![0, 0] };
-                    Held { rank, tile: 0, buffer: 0, dtype: (4, 16), param: "", ready: 0, patch }
+                    Held { class, holder: class, ready: 0, patch }
                 })
                 .collect();
             let atoms = atoms(&sources);

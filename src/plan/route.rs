@@ -3,89 +3,110 @@
 //! Tiers, nearest first: the same rank (see [`super::local`]), the same device in another process, the same host, the rest. In the
 //! first tier that holds a box of b bytes, with n replicas, it is cut over c = clamp(b / 256 KiB, 1, n) consecutive replicas from
 //! (ordinal + c * q) mod n, q being the target's position among the targets that need this box from this tier.
+//!
+//! What the boxes are, [`Geometry`] says, for classes of ranks and for all tensors that lie alike; which ranks exchange them, [`Router`].
 #![forbid(unsafe_code)]
 
-use super::owners::{Atom, Held, Holder, atoms, held};
-use super::{Place, Plan, piece, shown};
+use super::owners::{Atom, Class, Held, Holder, atoms, held};
+use super::{Place, Plan, Spot, piece, shown};
 use crate::abi::{RS_ERR_COVERAGE, RS_ERR_MISMATCH};
 use crate::error::{Result, bail};
 use crate::geom::{Index, Radix, Region};
-use std::collections::BTreeMap;
+use smallvec::SmallVec;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
+use std::rc::Rc;
 
 /// A box of this many bytes is worth a sender of its own.
 const SHARE: u64 = 256 << 10;
 
-/// All that planning needs to know of one tensor. Holders are sorted by (rank, tile).
+/// How a tensor, or many that lie alike, lies on all ranks. Holders are sorted by class.
 #[derive(Clone, Debug, Default)]
 pub struct TensorFacts<'a> {
+    /// Its shape.
+    pub shape: Cow<'a, [u64]>,
+    /// Disjoint; others may be in the list too, which hold nothing of it.
+    pub classes: Cow<'a, [Class]>,
+    /// Source tiles of all classes.
+    pub sources: Vec<Holder<'a>>,
+    /// Target tiles of all classes.
+    pub targets: Vec<Holder<'a>>,
+}
+
+/// What tells one tensor from others that lie alike.
+#[derive(Clone, Debug)]
+pub struct Tensor<'a> {
     /// Its place in the order that all ranks agree on.
     pub ordinal: u32,
     /// Its name, for errors.
     pub name: &'a str,
-    /// Its shape.
-    pub shape: &'a [u64],
-    /// Source tiles of all ranks.
-    pub sources: Vec<Holder<'a>>,
-    /// Target tiles of all ranks.
-    pub targets: Vec<Holder<'a>>,
+    /// Row of a holder's buffer that its `buffer` counts from, by its `base`: of sources, and of targets.
+    pub rows: [SmallVec<[u32; 2]>; 2],
 }
 
-/// Adds `me`'s moves of one tensor to `plan`. Tensors come in the order of their ordinals.
-pub fn plan_tensor(me: u32, places: &[Place], facts: &TensorFacts<'_>, plan: &mut Plan) -> Result<()> {
-    let holders = || facts.sources.iter().chain(&facts.targets);
-    let radix = Radix::new(facts.shape.iter().product(), holders().flat_map(|h| h.pattern.axes.iter().map(|a| a.key)));
-    let sources = held(facts.name, &facts.sources, &radix)?;
-    let targets = held(facts.name, &facts.targets, &radix)?;
-    let atoms = atoms(&sources);
-    let index = Index::new(atoms.iter().map(|a| &a.region));
-    let job = Job { me, places, facts, radix, atoms: &atoms, index, sources, targets };
-    let fresh = job.fresh(plan)?;
-    job.check_cover(&fresh)?;
-    for (region, share) in job.shares(&fresh) {
-        job.route(&region, &share, plan)?;
-    }
-    Ok(())
-}
-
-struct Job<'a> {
-    me: u32,
-    places: &'a [Place],
-    facts: &'a TensorFacts<'a>,
+/// The boxes that one class sends or wants, and all that have to do with them.
+#[derive(Debug)]
+pub struct Geometry {
     radix: Radix,
-    sources: Vec<Held<'a>>,
-    targets: Vec<Held<'a>>,
-    atoms: &'a [Atom],
-    /// Of the atoms.
-    index: Index<'a>,
+    sources: Vec<Held>,
+    targets: Vec<Held>,
+    shares: Vec<Share>,
+    /// Boxes that a second tile gets from an earlier one of the same rank (indices of targets).
+    doubles: Vec<(Region, usize, usize)>,
 }
 
-/// What must cross for one box: the atom that holds it, and the targets (indices) that need it, by rank.
+/// What must cross for one box: the classes that hold it (indices of their first sources) and those that need it (of targets), rising.
+#[derive(Debug)]
 struct Share {
-    atom: usize,
-    needs: Vec<usize>,
+    region: Region,
+    owners: SmallVec<[u32; 4]>,
+    needs: SmallVec<[u32; 4]>,
 }
 
-impl Job<'_> {
-    /// Boxes that each target rank neither holds itself nor gets for an earlier tile, with the target's index. Second tiles of one
-    /// box become copies inside the rank.
-    fn fresh(&self, plan: &mut Plan) -> Result<Vec<(Region, usize)>> {
-        let mut out: Vec<(Region, usize)> = vec![];
-        let mut targets = 0..0;
-        while targets.end < self.targets.len() {
-            let rank = self.targets[targets.end].rank;
-            targets = targets.end..targets.end + self.targets[targets.end..].partition_point(|t| t.rank == rank);
-            self.fresh_of(rank, targets.clone(), &mut out, plan)?;
+impl Geometry {
+    /// For class `me` of `facts`, or with `None` for all; `tensor` and `rank` are for errors.
+    pub fn new(me: Option<u32>, facts: &TensorFacts<'_>, tensor: &str, rank: u32) -> Result<Geometry> {
+        let holders = || facts.sources.iter().chain(&facts.targets);
+        let radix = Radix::new(facts.shape.iter().product(), holders().flat_map(|h| h.pattern.axes.iter().map(|a| a.key)));
+        let sources = held(tensor, &facts.sources, &radix)?;
+        let targets = held(tensor, &facts.targets, &radix)?;
+        let atoms = atoms(&sources);
+        let mut doubles = vec![];
+        let fresh = fresh(me, &sources, &targets, &mut doubles);
+        let index = Index::new(atoms.iter().map(|a| &a.region));
+        for (region, t) in fresh.iter().filter(|f| me.is_none_or(|me| targets[f.1].class == me)) {
+            let mut missing = vec![region.clone()];
+            for atom in index.meeting(region) {
+                Region::minus_all(&mut missing, &atoms[atom].region);
+            }
+            if let Some(hole) = missing.first() {
+                bail!(
+                    RS_ERR_COVERAGE,
+                    "rank {rank}, target '{}': {} of '{tensor}' has no source on any rank",
+                    facts.targets[targets[*t].holder as usize].param,
+                    shown(&radix.pattern(hole), &facts.shape)
+                );
+            }
         }
-        Ok(out)
+        let shares = shares(me, &sources, &targets, &atoms, &index, &fresh);
+        Ok(Geometry { radix, sources, targets, shares, doubles })
     }
+}
 
-    /// The part of [`Job::fresh`] of one rank, whose targets are `targets`.
-    fn fresh_of(&self, rank: u32, targets: Range<usize>, out: &mut Vec<(Region, usize)>, plan: &mut Plan) -> Result<()> {
-        let first = self.sources.partition_point(|s| s.rank < rank);
-        let own = &self.sources[first..first + self.sources[first..].partition_point(|s| s.rank == rank)];
+/// Boxes that each target class neither holds itself nor gets for an earlier tile, with the target's index. Second tiles of one box
+/// of class `me` go to `doubles`.
+fn fresh(me: Option<u32>, sources: &[Held], targets: &[Held], doubles: &mut Vec<(Region, usize, usize)>) -> Vec<(Region, usize)> {
+    let mut out: Vec<(Region, usize)> = vec![];
+    let mut next = 0;
+    while next < targets.len() {
+        let class = targets[next].class;
+        let of_class = next..next + targets[next..].partition_point(|t| t.class == class);
+        next = of_class.end;
+        let first = sources.partition_point(|s| s.class < class);
+        let own = &sources[first..first + sources[first..].partition_point(|s| s.class == class)];
         let own_index = Index::new(own.iter().map(|s| &s.patch.region));
-        let all = &self.targets[targets.clone()];
+        let all = &targets[of_class.clone()];
         let index = Index::new(all.iter().map(|t| &t.patch.region));
         // Where in `out` the boxes of each target lie.
         let mut of: Vec<Range<usize>> = Vec::with_capacity(all.len());
@@ -95,140 +116,235 @@ impl Job<'_> {
                 Region::minus_all(&mut rest, &own[i].patch.region);
             }
             for earlier in index.meeting(&target.patch.region).into_iter().take_while(|&e| e < t) {
-                let from = &all[earlier];
                 for (got, _) in &out[of[earlier].clone()] {
-                    if rank == self.me {
-                        for shared in rest.iter().filter_map(|r| r.meet(got)) {
-                            let item = self.item(from, target)?;
-                            plan.doubles.push(piece(&self.radix, &shared, (from, self.facts.ordinal), (target, target.tile), item));
-                        }
+                    if me == Some(class) {
+                        let shared = rest.iter().filter_map(|r| r.meet(got));
+                        doubles.extend(shared.map(|r| (r, of_class.start + earlier, of_class.start + t)));
                     }
                     Region::minus_all(&mut rest, got);
                 }
             }
             let begin = out.len();
-            out.extend(rest.into_iter().map(|r| (r, targets.start + t)));
+            out.extend(rest.into_iter().map(|r| (r, of_class.start + t)));
             of.push(begin..out.len());
         }
-        Ok(())
     }
+    out
+}
 
-    /// Every box that this rank needs is held by somebody.
-    fn check_cover(&self, fresh: &[(Region, usize)]) -> Result<()> {
-        for (region, t) in fresh.iter().filter(|f| self.targets[f.1].rank == self.me) {
-            let mut missing = vec![region.clone()];
-            for atom in self.index.meeting(region) {
-                Region::minus_all(&mut missing, &self.atoms[atom].region);
-            }
-            if let Some(hole) = missing.first() {
-                bail!(
-                    RS_ERR_COVERAGE,
-                    "rank {}, target '{}': {} of '{}' has no source on any rank",
-                    self.me,
-                    self.targets[*t].param,
-                    shown(&self.radix.pattern(hole), self.facts.shape),
-                    self.facts.name
-                );
+/// Equal boxes of the same atom with all that hold and need them, in the order of the boxes; those only that concern class `me`,
+/// if there is one.
+fn shares(
+    me: Option<u32>,
+    sources: &[Held],
+    targets: &[Held],
+    atoms: &[Atom],
+    index: &Index<'_>,
+    fresh: &[(Region, usize)],
+) -> Vec<Share> {
+    let mut distinct: BTreeMap<&Region, Vec<usize>> = BTreeMap::new();
+    for (region, t) in fresh {
+        distinct.entry(region).or_default().push(*t);
+    }
+    let mut met: BTreeMap<Region, (usize, Vec<usize>)> = BTreeMap::new();
+    for (region, needs) in distinct {
+        for atom in index.meeting(region) {
+            if let Some(shared) = atoms[atom].region.meet(region) {
+                met.entry(shared).or_insert_with(|| (atom, vec![])).1.extend(&needs);
             }
         }
-        Ok(())
+    }
+    let mut out = vec![];
+    for (region, (atom, mut needs)) in met {
+        let mut owners: SmallVec<[u32; 4]> = atoms[atom].owners.iter().map(|&i| i as u32).collect();
+        owners.dedup_by_key(|o| sources[*o as usize].class);
+        needs.sort_unstable();
+        let mine = |class: u32| me.is_none_or(|me| me == class);
+        if owners.iter().any(|&o| mine(sources[o as usize].class)) || needs.iter().any(|&t| mine(targets[t].class)) {
+            out.push(Share { region, owners, needs: needs.into_iter().map(|t| t as u32).collect() });
+        }
+    }
+    out
+}
+
+/// Ranks of one tier that exchange a box.
+struct Group {
+    tier: u8,
+    /// The replicas, rising: rank, and place in [`Share::owners`].
+    near: Vec<(u32, u32)>,
+    /// Those that need it, rising: rank, and place in [`Share::needs`].
+    needs: Vec<(u32, u32)>,
+}
+
+/// Tier, and what tells its groups apart.
+type Tier = (u8, [u64; 2]);
+
+/// Ids of the classes that hold a box and of those that need it.
+type Key = (SmallVec<[u32; 8]>, SmallVec<[u32; 8]>);
+
+/// Gives boxes to the replicas that send them. Remembers which ranks meet, which depends on classes and places only.
+pub struct Router<'p> {
+    /// This rank; `None`: all ranks are of interest.
+    me: Option<u32>,
+    places: &'p [Place],
+    known: HashMap<Key, Rc<[Group]>>,
+}
+
+/// One part of a box on its way.
+pub struct Sent<'g> {
+    /// The part.
+    pub part: Region,
+    /// Sender, and its source.
+    pub from: (u32, &'g Held),
+    /// Receiver, and its target.
+    pub to: (u32, &'g Held),
+    /// How near they are: 1 to 3.
+    pub tier: u8,
+}
+
+impl<'p> Router<'p> {
+    /// For the moves of one rank, or with `None` of all. `places` are those of all ranks.
+    pub fn new(me: Option<u32>, places: &'p [Place]) -> Router<'p> {
+        Router { me, places, known: HashMap::new() }
     }
 
-    /// Equal boxes of the same atom, with all that need them, in the order of the boxes.
-    fn shares(&self, fresh: &[(Region, usize)]) -> BTreeMap<Region, Share> {
-        let mut distinct: BTreeMap<&Region, Vec<usize>> = BTreeMap::new();
-        for (region, t) in fresh {
-            distinct.entry(region).or_default().push(*t);
+    /// Adds this rank's moves of one tensor to `plan`. Tensors come in the order of their ordinals.
+    pub fn plan(&mut self, facts: &TensorFacts<'_>, geometry: &Geometry, tensor: &Tensor<'_>, plan: &mut Plan) -> Result<()> {
+        let Some(me) = self.me else { return Ok(()) };
+        let spot = |holders: &[Holder<'_>], side: usize, held: &Held, region: &Region| {
+            let holder = &holders[held.holder as usize];
+            Spot { buffer: tensor.rows[side][holder.base as usize] + holder.buffer, offset: held.patch.offset_of(region) }
+        };
+        for (region, from, to) in &geometry.doubles {
+            let (from, to) = (&geometry.targets[*from], &geometry.targets[*to]);
+            let item = item(tensor.name, (me, &facts.targets[from.holder as usize]), (me, &facts.targets[to.holder as usize]))?;
+            let ends = (spot(&facts.targets, 1, from, region), spot(&facts.targets, 1, to, region));
+            plan.doubles.push(piece(&geometry.radix, region, tensor.ordinal, item, (from, ends.0), (to, ends.1)));
         }
-        let mut out: BTreeMap<Region, Share> = BTreeMap::new();
-        for (region, needs) in distinct {
-            for atom in self.index.meeting(region) {
-                if let Some(shared) = self.atoms[atom].region.meet(region) {
-                    out.entry(shared).or_insert_with(|| Share { atom, needs: vec![] }).needs.extend(&needs);
+        self.send(facts, geometry, tensor.ordinal, &mut |s| {
+            let holders = (&facts.sources[s.from.1.holder as usize], &facts.targets[s.to.1.holder as usize]);
+            let item = item(tensor.name, (s.from.0, holders.0), (s.to.0, holders.1))?;
+            let ends = (spot(&facts.sources, 0, s.from.1, &s.part), spot(&facts.targets, 1, s.to.1, &s.part));
+            let piece = piece(&geometry.radix, &s.part, tensor.ordinal, item, (s.from.1, ends.0), (s.to.1, ends.1));
+            if s.from.0 == me {
+                plan.peer(s.to.0).out.push(piece);
+            } else {
+                plan.peer(s.from.0).into.push(piece);
+            }
+            Ok(())
+        })
+    }
+
+    /// Tells `found` every part of every box that goes from or to this rank, or with none from any rank to any.
+    pub fn send<'g>(
+        &mut self,
+        facts: &TensorFacts<'_>,
+        geometry: &'g Geometry,
+        ordinal: u32,
+        found: &mut dyn FnMut(Sent<'g>) -> Result<()>,
+    ) -> Result<()> {
+        for share in &geometry.shares {
+            let groups = self.groups(facts, geometry, share);
+            let dtype = facts.sources[geometry.sources[share.owners[0] as usize].holder as usize].dtype;
+            let bytes = share.region.volume() * u64::from(dtype.1 / 8);
+            for group in &*groups {
+                let n = group.near.len() as u64;
+                let c = (bytes / SHARE).clamp(1, n);
+                let axis = cut_axis(&share.region, c);
+                let place = self.me.and_then(|me| group.near.binary_search_by_key(&me, |o| o.0).ok());
+                for (q, need) in group.needs.iter().enumerate() {
+                    let first = (u64::from(ordinal) + c * q as u64) % n;
+                    // All parts, but of a sender only its own; a rank that needs a box is not among those that hold it.
+                    let parts = match place {
+                        Some(at) => {
+                            let i = (at as u64 + n - first) % n;
+                            i..(i + 1).min(c)
+                        }
+                        None if self.me.is_none_or(|me| me == need.0) => 0..c,
+                        None => 0..0,
+                    };
+                    for i in parts {
+                        let owner = group.near[((first + i) % n) as usize];
+                        let Some(part) = share.region.split(axis, i, c) else { continue };
+                        let from = (owner.0, &geometry.sources[share.owners[owner.1 as usize] as usize]);
+                        let to = (need.0, &geometry.targets[share.needs[need.1 as usize] as usize]);
+                        found(Sent { part, from, to, tier: group.tier })?;
+                    }
                 }
             }
         }
-        for share in out.values_mut() {
-            share.needs.sort_unstable();
-        }
-        out
+        Ok(())
     }
 
-    /// Gives one box to the replicas that send it.
-    fn route(&self, region: &Region, share: &Share, plan: &mut Plan) -> Result<()> {
-        let mut owners: Vec<&Held<'_>> = self.atoms[share.atom].owners.iter().map(|&i| &self.sources[i]).collect();
-        owners.dedup_by_key(|o| o.rank);
-        let mine = owners.iter().any(|o| o.rank == self.me) || share.needs.iter().any(|&t| self.targets[t].rank == self.me);
-        if !mine {
-            return Ok(());
+    /// Which ranks exchange a box; those groups only that this rank is in.
+    fn groups(&mut self, facts: &TensorFacts<'_>, geometry: &Geometry, share: &Share) -> Rc<[Group]> {
+        let owners: SmallVec<[&Class; 8]> =
+            share.owners.iter().map(|&o| &facts.classes[geometry.sources[o as usize].class as usize]).collect();
+        let needs: SmallVec<[&Class; 8]> =
+            share.needs.iter().map(|&t| &facts.classes[geometry.targets[t as usize].class as usize]).collect();
+        let key: Key = (owners.iter().map(|c| c.id).collect(), needs.iter().map(|c| c.id).collect());
+        if let Some(known) = self.known.get(&key) {
+            return known.clone();
         }
-        let mut groups: BTreeMap<(u8, [u64; 2]), Vec<usize>> = BTreeMap::new();
-        for &t in &share.needs {
-            groups.entry(self.tier(&owners, self.targets[t].rank)).or_default().push(t);
+        let groups = self.meet(&owners, &needs);
+        self.known.insert(key, groups.clone());
+        groups
+    }
+
+    fn meet(&self, owners: &[&Class], needs: &[&Class]) -> Rc<[Group]> {
+        let (owners, needs) = (ranks(owners), ranks(needs));
+        let keys: HashSet<Tier> = owners.iter().flat_map(|o| [1, 2].map(|tier| (tier, self.tier_key(tier, o.0)))).collect();
+        let mut groups: BTreeMap<Tier, Vec<(u32, u32)>> = BTreeMap::new();
+        for need in needs {
+            let near = |&tier: &u8| {
+                let key = self.tier_key(tier, need.0);
+                key != [0; 2] && keys.contains(&(tier, key))
+            };
+            let tier = [1, 2].into_iter().find(near).unwrap_or(3);
+            let key = if tier == 3 { [0; 2] } else { self.tier_key(tier, need.0) };
+            groups.entry((tier, key)).or_default().push(need);
         }
+        let mut out = vec![];
         for ((tier, key), needs) in groups {
-            let near: Vec<&Held<'_>> = owners.iter().copied().filter(|o| tier == 3 || self.tier_key(tier, o.rank) == key).collect();
-            let n = near.len() as u64;
-            let c = (region.volume() * u64::from(near[0].dtype.1 / 8) / SHARE).clamp(1, n);
-            let axis = cut_axis(region, c);
-            for (q, &t) in needs.iter().enumerate() {
-                let target = &self.targets[t];
-                let first = u64::from(self.facts.ordinal) + c * q as u64;
-                for i in 0..c {
-                    let owner = near[((first + i) % n) as usize];
-                    if owner.rank != self.me && target.rank != self.me {
-                        continue;
-                    }
-                    let Some(part) = region.split(axis, i, c) else { continue };
-                    let item = self.item(owner, target)?;
-                    let piece = piece(&self.radix, &part, (owner, self.facts.ordinal), (target, target.tile), item);
-                    if owner.rank == self.me {
-                        plan.peer(target.rank).out.push(piece);
-                    } else {
-                        plan.peer(owner.rank).into.push(piece);
-                    }
-                }
+            let near: Vec<(u32, u32)> = owners.iter().copied().filter(|o| tier == 3 || self.tier_key(tier, o.0) == key).collect();
+            let within = |list: &[(u32, u32)]| self.me.is_none_or(|me| list.binary_search_by_key(&me, |r| r.0).is_ok());
+            if within(&near) || within(&needs) {
+                out.push(Group { tier, near, needs });
             }
         }
-        Ok(())
+        out.into()
     }
 
-    /// The nearest tier in which `rank` finds an owner, and what tells that tier's groups apart.
-    fn tier(&self, owners: &[&Held<'_>], rank: u32) -> (u8, [u64; 2]) {
-        for tier in [1, 2] {
-            let key = self.tier_key(tier, rank);
-            if key != [0; 2] && owners.iter().any(|o| self.tier_key(tier, o.rank) == key) {
-                return (tier, key);
-            }
-        }
-        (3, [0; 2])
-    }
-
+    /// What tells the groups of a tier apart; zeros: none.
     fn tier_key(&self, tier: u8, rank: u32) -> [u64; 2] {
         let place = &self.places[rank as usize];
         if tier == 1 { place.device } else { [place.host, 1] }
     }
+}
 
-    /// Bytes of an element, equal on both sides.
-    fn item(&self, from: &Held<'_>, to: &Held<'_>) -> Result<u32> {
-        if from.dtype != to.dtype {
-            bail!(
-                RS_ERR_MISMATCH,
-                "tensor '{}': source '{}' of rank {} has dtype (code {}, bits {}), target '{}' of rank {} has (code {}, bits {}); \
-                 casts are not built",
-                self.facts.name,
-                from.param,
-                from.rank,
-                from.dtype.0,
-                from.dtype.1,
-                to.param,
-                to.rank,
-                to.dtype.0,
-                to.dtype.1
-            );
-        }
-        Ok(u32::from(from.dtype.1) / 8)
+/// The ranks of some classes, rising, each with its class's place in the list.
+fn ranks(classes: &[&Class]) -> Vec<(u32, u32)> {
+    let mut out: Vec<(u32, u32)> = (0..).zip(classes).flat_map(|(i, c)| c.ranks.iter().map(move |&r| (r, i))).collect();
+    out.sort_unstable();
+    out
+}
+
+/// Bytes of an element, equal on both sides.
+fn item(tensor: &str, (from, source): (u32, &Holder<'_>), (to, target): (u32, &Holder<'_>)) -> Result<u32> {
+    if source.dtype != target.dtype {
+        bail!(
+            RS_ERR_MISMATCH,
+            "tensor '{tensor}': source '{}' of rank {from} has dtype (code {}, bits {}), target '{}' of rank {to} has (code {}, bits \
+             {}); casts are not built",
+            source.param,
+            source.dtype.0,
+            source.dtype.1,
+            target.param,
+            target.dtype.0,
+            target.dtype.1
+        );
     }
+    Ok(u32::from(source.dtype.1) / 8)
 }
 
 /// The axis along which a box is cut in `parts`: the slowest that gives nearly equal parts, else the longest.

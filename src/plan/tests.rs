@@ -1,5 +1,5 @@
 //! Plans of small random worlds: both ends agree, and every element that a rank lacks comes to it once.
-use super::facts::{facts, plan};
+use super::facts::{classes, facts, plan};
 use super::*;
 use crate::layout::{Tensor, Tile};
 use crate::wire::{Table, TableBuffer};
@@ -64,7 +64,7 @@ fn both_ends_agree_and_nothing_crosses_twice() {
     for _ in 0..400 {
         let (tables, places) = world(&mut rng);
         let plans: Vec<Plan> =
-            (0..tables.len() as u32).map(|me| plan(me, &places, &facts(me, &tables).unwrap().1).unwrap()).collect();
+            (0..tables.len() as u32).map(|me| plan(me, &places, &facts(me, &tables, &classes(9)).unwrap().1).unwrap()).collect();
         for (a, plan) in plans.iter().enumerate() {
             for peer in &plan.peers {
                 let back = plans[peer.rank as usize].peers.iter().find(|p| p.rank == a as u32).expect("the other end knows");
@@ -135,7 +135,7 @@ fn large_boxes_are_cut_over_replicas_in_turn() {
     let tables: Vec<Table> = [1, 1, 1, 1, 2, 2].map(whole).into();
     let places: Vec<Place> = [1, 1, 2, 2, 2, 3].map(|host| Place { host, device: [0, 0] }).into();
     let sent = |rank: u32, to: u32| -> u64 {
-        let p = plan(rank, &places, &facts(rank, &tables).unwrap().1).unwrap();
+        let p = plan(rank, &places, &facts(rank, &tables, &classes(6)).unwrap().1).unwrap();
         p.peers.iter().filter(|p| p.rank == to).flat_map(|p| &p.out).map(Piece::bytes).sum()
     };
     let mib = 1 << 20;
@@ -162,7 +162,8 @@ fn ten_thousand_tiles_of_one_tensor() {
     };
     let tables = [rows(1), rows(2)];
     let places = [Place { host: 1, device: [0, 0] }; 2];
-    let (_, facts) = facts(1, &tables).unwrap();
+    let classes = classes(2);
+    let (_, facts) = facts(1, &tables, &classes).unwrap();
     let plan = plan(1, &places, &facts).unwrap();
     assert_eq!(plan.peers[0].into.len() as u64, N);
 }

@@ -70,7 +70,7 @@ fn configs() {
     fails(with(&|c| c.abi = 2), RS_ERR_INVALID, &["config.abi is 2"]);
     fails(with(&|c| c.flags = 5), RS_ERR_INVALID, &["config.flags", "0x5"]);
     fails(with(&|c| c.name = c"\xff".as_ptr()), RS_ERR_INVALID, &["config.name", "UTF-8"]);
-    fails(with(&|c| c.preset = ptr::without_provenance(8)), RS_ERR_UNSUPPORTED, &["config.preset"]);
+    fails(with(&|c| c.preset = ptr::without_provenance(8)), RS_ERR_INVALID, &["either a layout or a preset", "neither"]);
     ok(with(&|c| (c.staging_bytes, c.host_threads, c.timeout_ms, c.host_id) = (1 << 20, 3, 5, 9)));
     ok(with(&|c| c.name = c"a label".as_ptr()));
 }

@@ -61,13 +61,9 @@ fn null_everywhere() {
         rs_mem_free(null_mut());
 
         let unsupported = |status| fails(status, RS_ERR_UNSUPPORTED, &["not built yet"]);
-        unsupported(rs_preset_create(null(), 0, null_mut()));
-        unsupported(rs_preset_bind(null_mut(), null()));
-        unsupported(rs_preset_layout(null_mut(), null_mut()));
-        unsupported(rs_preset_describe(null_mut(), 0, null_mut(), 0, null_mut()));
         unsupported(rs_comm_from_nccl(null_mut(), null_mut()));
-        unsupported(rs_container_rebind(c.0, &layout, ptr::without_provenance(8)));
-        rs_preset_destroy(null_mut());
+        invalid(rs_container_rebind(c.0, &layout, ptr::without_provenance(8)), "neither is NULL");
+        invalid(rs_container_rebind(c.0, null(), null()), "both are NULL");
 
         fails(rs_mem_alloc(64, 2, &mut memory), RS_ERR_INVALID, &["flags is 2"]);
         fails(rs_mem_alloc(0, 0, &mut memory), RS_ERR_INVALID, &["bytes is 0"]);

@@ -1,0 +1,142 @@
+//! What a sync of a whole world costs, from its spec alone.
+#![forbid(unsafe_code)]
+
+use super::Place;
+use super::closed::Alike;
+use super::route::Router;
+use crate::error::Result;
+use crate::preset::spec::Links;
+use crate::preset::world::World;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+
+/// What goes from a rank to another.
+#[derive(Default)]
+struct Pair {
+    bytes: u64,
+    tier: u8,
+}
+
+/// All moves of all ranks, summed.
+#[derive(Default)]
+struct Sums {
+    pairs: HashMap<(u32, u32), Pair>,
+    /// By rank: out and in, to and from its host, and beyond.
+    traffic: Vec<[[u64; 2]; 2]>,
+    /// What the targets hold.
+    landed: u64,
+}
+
+/// Totals of a world on given places, with messages of so much staging a rank; `seconds` where there are `links`.
+pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links>) -> Result<Value> {
+    let mut sums = Sums { traffic: vec![[[0; 2]; 2]; places.len()], ..Sums::default() };
+    let mut alike = Alike::new(world, None);
+    let mut router = Router::new(None, places);
+    for (ordinal, (kind, layer)) in (0..).zip(world.model().all()) {
+        let name = world.model().name(kind, layer);
+        let known = alike.of(kind, layer, &name)?;
+        let (facts, geometry) = &*known;
+        for t in &facts.targets {
+            let ranks = facts.classes[t.class as usize].ranks.len() as u64;
+            sums.landed += t.pattern.volume() * u64::from(t.dtype.1 / 8) * ranks;
+        }
+        router.send(facts, geometry, ordinal, &mut |s| {
+            let item = facts.sources[s.from.1.holder as usize].dtype.1 / 8;
+            let bytes = s.part.volume() * u64::from(item);
+            let pair = sums.pairs.entry((s.from.0, s.to.0)).or_default();
+            pair.bytes += bytes;
+            pair.tier = pair.tier.max(s.tier);
+            let far = usize::from(s.tier == 3);
+            sums.traffic[s.from.0 as usize][far][0] += bytes;
+            sums.traffic[s.to.0 as usize][far][1] += bytes;
+            Ok(())
+        })?;
+    }
+    Ok(sums.report(world, staging, links))
+}
+
+impl Sums {
+    fn report(&self, world: &World, staging: u64, links: Option<Links>) -> Value {
+        let stage = |side: usize, rank: u32| world.sides()[side].coords(rank).map_or(0, |c| c.0);
+        let mut by_stage: BTreeMap<(u64, u64, u8), (u64, u64)> = BTreeMap::new();
+        let mut peers: Vec<Vec<u32>> = vec![vec![]; self.traffic.len()];
+        for (&(from, to), pair) in &self.pairs {
+            let sum = by_stage.entry((stage(0, from), stage(1, to), pair.tier)).or_default();
+            *sum = (sum.0 + 1, sum.1 + pair.bytes);
+            peers[from as usize].push(to);
+            peers[to as usize].push(from);
+        }
+        let pair = |(&(source, target, tier), &(pairs, bytes)): (&(u64, u64, u8), &(u64, u64))| {
+            let tier = ["same_device", "same_host", "network"][usize::from(tier) - 1];
+            json!({"source_stage": source, "target_stage": target, "tier": tier, "pairs": pairs, "bytes": bytes})
+        };
+        // A rank may be the peer of another in both directions.
+        let distinct = |list: &mut Vec<u32>| {
+            list.sort_unstable();
+            list.dedup();
+            list.len() as u64
+        };
+        let peers = peers.iter_mut().map(distinct).max().unwrap_or(0);
+        let message = (staging / (4 * peers.max(1)) / 256 * 256).max(256);
+        let (rounds, figure) = self.rounds(message);
+        let mut out = json!({
+            "ranks": self.traffic.len(),
+            "bytes": {"landed": self.landed, "sent": self.total(), "received": self.total()},
+            "pairs": by_stage.iter().map(pair).collect::<Vec<_>>(),
+            "egress": self.balance(world, 0),
+            "ingress": self.balance(world, 1),
+            "most_peers": peers,
+            "message_bytes": message,
+            "staging_bytes": 4 * peers * message,
+            "rounds": rounds,
+            "rounds_over_busiest": figure,
+        });
+        if let Some(links) = links {
+            let time = |t: &[[u64; 2]; 2]| {
+                let of = |bytes: [u64; 2], rate: f64| bytes[0].max(bytes[1]) as f64 / (rate * 1e9);
+                of(t[0], links.same_host).max(of(t[1], links.network))
+            };
+            out["seconds"] = json!(self.traffic.iter().map(time).fold(0.0, f64::max));
+        }
+        out
+    }
+
+    fn total(&self) -> u64 {
+        self.pairs.values().map(|p| p.bytes).sum()
+    }
+
+    /// Bytes of the ranks of each stage, out (0) or in (1).
+    fn balance(&self, world: &World, way: usize) -> Vec<Value> {
+        let mut stages: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+        for (rank, t) in (0..).zip(&self.traffic) {
+            if let Some((stage, _)) = world.sides()[way].coords(rank) {
+                stages.entry(stage).or_default().push(t[0][way] + t[1][way]);
+            }
+        }
+        let line = |(stage, ranks): (u64, Vec<u64>)| {
+            let (sum, most) = (ranks.iter().sum::<u64>(), ranks.iter().max());
+            json!({"stage": stage, "ranks": ranks.len(), "bytes": sum, "busiest": most, "mean": sum / ranks.len() as u64})
+        };
+        stages.into_iter().map(line).collect()
+    }
+
+    /// Number of rounds, and the time that they take together over that of the busiest rank alone.
+    fn rounds(&self, message: u64) -> (u64, f64) {
+        let mut left: Vec<(u32, u32, u64)> = self.pairs.iter().map(|(&(from, to), p)| (from, to, p.bytes)).collect();
+        let (mut rounds, mut sum) = (0, 0);
+        while !left.is_empty() {
+            let mut now = vec![[0; 2]; self.traffic.len()];
+            for (from, to, bytes) in &mut left {
+                let moved = message.min(*bytes);
+                now[*from as usize][0] += moved;
+                now[*to as usize][1] += moved;
+                *bytes -= moved;
+            }
+            left.retain(|l| l.2 > 0);
+            sum += now.iter().map(|n| n[0].max(n[1])).max().unwrap_or(0);
+            rounds += 1;
+        }
+        let busiest = self.traffic.iter().map(|t| (t[0][0] + t[1][0]).max(t[0][1] + t[1][1])).max().unwrap_or(0);
+        (rounds, if busiest == 0 { 1.0 } else { sum as f64 / busiest as f64 })
+    }
+}

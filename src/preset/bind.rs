@@ -1,0 +1,343 @@
+//! One rank's parameters and their memory: from names that a framework uses to the rows of tables.
+#![forbid(unsafe_code)]
+
+use super::world::World;
+use crate::abi::*;
+use crate::error::{Result, bail};
+use crate::layout::{BufferRow, TensorRow, TileRow};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A parameter that the spec says a rank has.
+struct Expected {
+    side: usize,
+    chunk: u32,
+    name: String,
+    shape: Vec<i64>,
+    padded: bool,
+    /// Whether a plan uses it; see [`super::side::Unused`].
+    used: bool,
+    /// Logical tensors that it holds a part of.
+    tensors: Vec<String>,
+    memory: Option<Memory>,
+}
+
+/// Where a parameter is.
+#[derive(Clone, Copy)]
+struct Memory {
+    addr: u64,
+    bytes: u64,
+    device_type: i32,
+    device_id: i32,
+}
+
+/// A parameter as the caller binds it.
+pub struct Bind<'a> {
+    /// The framework's name.
+    pub name: &'a str,
+    /// `RS_SOURCE | RS_TARGET`.
+    pub role: u32,
+    /// Virtual-pipeline chunk.
+    pub chunk: u32,
+    /// Address of the first element.
+    pub addr: u64,
+    /// Bytes that belong to it.
+    pub bytes: u64,
+    /// DLPack device type.
+    pub device_type: i32,
+    /// DLPack device id.
+    pub device_id: i32,
+    /// Element type.
+    pub dtype: rs_dtype_t,
+    /// Extents.
+    pub shape: Vec<i64>,
+    /// Strides in elements; `None`: dense.
+    pub strides: Option<Vec<i64>>,
+}
+
+/// One rank's tables, as rows.
+#[derive(Default)]
+pub struct Rows {
+    /// Logical tensors, by ordinal.
+    pub tensors: Vec<TensorRow>,
+    /// Ordinals of `tensors`.
+    pub ordinals: Vec<u32>,
+    /// Parameters: of the source, then of the target.
+    pub buffers: Vec<BufferRow>,
+    /// Virtual-pipeline chunk of each parameter.
+    pub chunks: Vec<u32>,
+    /// What lies where.
+    pub tiles: Vec<TileRow>,
+}
+
+/// A rank's parameters, bound one by one.
+pub struct Preset {
+    world: Arc<World>,
+    rank: u32,
+    /// Source, then target, each in the order of its rows; what is unused comes last.
+    expected: Vec<Expected>,
+    /// Place in `expected` by side, chunk and name.
+    index: HashMap<(usize, u32, String), usize>,
+}
+
+const ROLES: [u32; 2] = [RS_SOURCE, RS_TARGET];
+const ROLE_NAMES: [&str; 2] = ["source", "target"];
+
+impl Preset {
+    /// Of a rank of the world; it need not play a part.
+    pub fn new(world: Arc<World>, rank: u32) -> Preset {
+        let mut expected = vec![];
+        let signed = |shape: &[u64]| shape.iter().map(|&n| n as i64).collect();
+        let mut unused = vec![];
+        for (side, s) in world.sides().into_iter().enumerate() {
+            let Some((stage, shard)) = s.coords(rank) else { continue };
+            expected.extend(s.params(stage, shard).map(|(slot, param)| Expected {
+                side,
+                chunk: slot.chunk,
+                name: format!("{}{}", slot.prefix, param.name),
+                shape: signed(&param.shape),
+                padded: param.padded,
+                used: true,
+                tensors: tensors(&world, slot.layer, param.cuts.iter().map(|c| c.kind)),
+                memory: None,
+            }));
+            unused.extend(s.parts.unused.iter().filter(|u| u.stage == stage).map(|u| Expected {
+                side,
+                chunk: u.chunk,
+                name: u.name.clone(),
+                shape: signed(&u.shape),
+                padded: true,
+                used: false,
+                tensors: vec![],
+                memory: None,
+            }));
+        }
+        expected.extend(unused);
+        let index = expected.iter().enumerate().map(|(i, e)| ((e.side, e.chunk, e.name.clone()), i)).collect();
+        Preset { world, rank, expected, index }
+    }
+
+    /// The world.
+    pub fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
+    /// The rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Gives a parameter its memory, or other memory than it had.
+    pub fn bind(&mut self, b: &Bind<'_>) -> Result<()> {
+        if b.role == 0 || b.role & !(RS_SOURCE | RS_TARGET) != 0 {
+            bail!(RS_ERR_INVALID, "role is {}, it must be RS_SOURCE (1), RS_TARGET (2) or both (3)", b.role);
+        }
+        let sides = (0..2).filter(|&s| b.role & ROLES[s] != 0);
+        let found: Vec<Option<usize>> = sides.clone().map(|s| self.find(s, b)).collect();
+        if found.iter().all(Option::is_none) && self.world.spec.ignore.iter().any(|p| matches(p.as_bytes(), b.name.as_bytes())) {
+            return Ok(());
+        }
+        for (side, at) in sides.zip(&found) {
+            match at {
+                Some(at) => self.check(&self.expected[*at], b)?,
+                None => return self.unknown(side, b),
+            }
+        }
+        let memory = Memory { addr: b.addr, bytes: b.bytes, device_type: b.device_type, device_id: b.device_id };
+        for at in found.into_iter().flatten() {
+            self.expected[at].memory = Some(memory);
+        }
+        Ok(())
+    }
+
+    fn find(&self, side: usize, b: &Bind<'_>) -> Option<usize> {
+        self.index.get(&(side, b.chunk, self.bare(side, b.name).to_string())).copied()
+    }
+
+    /// A name without what wrappers put before it.
+    fn bare<'a>(&self, side: usize, name: &'a str) -> &'a str {
+        let strip = self.world.sides()[side].parts.strip;
+        if strip.is_empty() { name } else { name.trim_start_matches(strip) }
+    }
+
+    fn unknown(&self, side: usize, b: &Bind<'_>) -> Result<()> {
+        let (role, name) = (ROLE_NAMES[side], self.bare(side, b.name));
+        let own = || self.expected.iter().filter(|e| e.side == side);
+        if own().next().is_none() {
+            bail!(RS_ERR_NOT_FOUND, "'{}': rank {} plays no part as {role} in the spec", b.name, self.rank);
+        }
+        let chunks: Vec<u32> = own().filter(|e| e.name == name).map(|e| e.chunk).collect();
+        if !chunks.is_empty() {
+            bail!(RS_ERR_NOT_FOUND, "{role} '{name}' is in model_chunk {chunks:?} of rank {}, not in {}", self.rank, b.chunk);
+        }
+        let mut near: Vec<(usize, &str)> = own().map(|e| (strsim::levenshtein(&e.name, name), e.name.as_str())).collect();
+        near.sort_unstable();
+        near.dedup();
+        let near: Vec<&str> = near.into_iter().take(3).map(|n| n.1).collect();
+        bail!(
+            RS_ERR_NOT_FOUND,
+            "rank {} has no {role} parameter '{name}' in the spec; the nearest names are {near:?}; what has no logical tensor belongs in \
+             the spec's `ignore`",
+            self.rank
+        );
+    }
+
+    fn check(&self, e: &Expected, b: &Bind<'_>) -> Result<()> {
+        let role = ROLE_NAMES[e.side];
+        if b.shape != e.shape {
+            bail!(RS_ERR_LAYOUT, "{role} '{}': the spec says shape {:?}, bound was {:?}", e.name, e.shape, b.shape);
+        }
+        let dense = dense(&e.shape);
+        if let Some(strides) = &b.strides {
+            // An axis of one element has any stride.
+            if (0..dense.len()).any(|i| e.shape[i] > 1 && strides.get(i) != Some(&dense[i])) {
+                bail!(
+                    RS_ERR_LAYOUT,
+                    "{role} '{}': strides {strides:?} instead of {dense:?}: a preset's parameters are dense; describe others by tables",
+                    e.name
+                );
+            }
+        }
+        let dtype = self.dtype(e.side);
+        if (b.dtype.code, b.dtype.bits, b.dtype.lanes) != (dtype.code, dtype.bits, dtype.lanes) {
+            bail!(
+                RS_ERR_LAYOUT,
+                "{role} '{}': the spec says dtype (code {}, bits {}), bound was (code {}, bits {}, lanes {})",
+                e.name,
+                dtype.code,
+                dtype.bits,
+                b.dtype.code,
+                b.dtype.bits,
+                b.dtype.lanes
+            );
+        }
+        let bytes = e.shape.iter().product::<i64>() as u64 * u64::from(dtype.bits / 8);
+        if b.addr == 0 {
+            bail!(RS_ERR_INVALID, "{role} '{}': data is NULL", e.name);
+        }
+        if b.bytes < bytes || b.addr.checked_add(b.bytes).is_none() {
+            bail!(RS_ERR_LAYOUT, "{role} '{}': {} bytes at {:#x} do not hold its {bytes}", e.name, b.bytes, b.addr);
+        }
+        Ok(())
+    }
+
+    fn dtype(&self, side: usize) -> rs_dtype_t {
+        let (code, bits) = self.world.sides()[side].parts.dtype;
+        rs_dtype_t { code, bits, lanes: 1 }
+    }
+
+    /// The rank's tables; an error lists all that is not bound.
+    pub fn rows(&self) -> Result<Rows> {
+        let missing: Vec<String> = self.expected.iter().filter(|e| e.used && e.memory.is_none()).map(shown).collect();
+        if !missing.is_empty() {
+            bail!(RS_ERR_STATE, "rank {}: {} parameters are not bound: {}", self.rank, missing.len(), missing.join(", "));
+        }
+        let mut out = Rows::default();
+        let mut rows: HashMap<u32, u32> = HashMap::new();
+        let tensors = self.world.tensors_of(self.rank);
+        for (ordinal, kind, layer) in tensors {
+            rows.insert(ordinal, out.tensors.len() as u32);
+            out.ordinals.push(ordinal);
+            let shape = self.world.model().kinds[kind].shape.iter().map(|&n| n as i64).collect();
+            out.tensors.push(TensorRow { name: self.world.model().name(kind, layer), shape });
+        }
+        let mut bound = self.expected.iter().filter_map(|e| e.used.then_some((e, e.memory?)));
+        for (side, s) in self.world.sides().into_iter().enumerate() {
+            let Some((stage, shard)) = s.coords(self.rank) else { continue };
+            for ((slot, param), (e, memory)) in s.params(stage, shard).zip(&mut bound) {
+                let dtype = self.dtype(side);
+                for cut in &param.cuts {
+                    let row = rows[&(self.world.model().ordinal(cut.kind, slot.layer) as u32)];
+                    let mut tile = cut.row(u64::from(dtype.bits / 8));
+                    (tile.tensor, tile.buffer) = (row, out.buffers.len() as u32);
+                    out.tiles.push(tile);
+                }
+                out.chunks.push(e.chunk);
+                out.buffers.push(BufferRow {
+                    name: e.name.clone(),
+                    addr: memory.addr,
+                    bytes: memory.bytes,
+                    device_type: memory.device_type,
+                    device_id: memory.device_id,
+                    role: ROLES[side],
+                    flags: if e.padded { RS_BUFFER_PADDED } else { 0 },
+                    dtype,
+                    shape: e.shape.clone(),
+                    strides: dense(&e.shape),
+                });
+            }
+        }
+        Ok(out)
+    }
+
+    /// Bytes of logical elements that this rank's targets hold.
+    pub fn target_bytes(&self) -> u64 {
+        let side = self.world.sides()[1];
+        let Some((stage, shard)) = side.coords(self.rank) else { return 0 };
+        let elements: u64 = side.params(stage, shard).flat_map(|(_, p)| &p.patterns).map(crate::geom::Pattern::volume).sum();
+        elements * u64::from(side.parts.dtype.1 / 8)
+    }
+
+    /// Every parameter that the spec says this rank has, as JSON.
+    pub fn describe(&self) -> Value {
+        let param = |e: &Expected| {
+            let dtype = self.dtype(e.side);
+            json!({
+                "role": ROLES[e.side],
+                "chunk": e.chunk,
+                "name": e.name,
+                "shape": e.shape,
+                "dtype": {"code": dtype.code, "bits": dtype.bits, "lanes": dtype.lanes},
+                "required": e.used,
+                "bound": e.memory.is_some(),
+                "tensors": e.tensors,
+            })
+        };
+        json!({"rank": self.rank, "params": self.expected.iter().map(param).collect::<Vec<_>>()})
+    }
+}
+
+/// Names of the tensors of some kinds, each once.
+fn tensors(world: &World, layer: u64, kinds: impl Iterator<Item = usize>) -> Vec<String> {
+    let mut out: Vec<String> = kinds.map(|k| world.model().name(k, layer)).collect();
+    out.dedup();
+    out
+}
+
+fn shown(e: &Expected) -> String {
+    let chunk = if e.chunk > 0 { format!(" of model_chunk {}", e.chunk) } else { String::new() };
+    format!("{} '{}'{chunk}", ROLE_NAMES[e.side], e.name)
+}
+
+/// Strides of a dense row-major tensor.
+fn dense(shape: &[i64]) -> Vec<i64> {
+    (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect()
+}
+
+/// Whether a name fits a pattern, in which `*` stands for any run of characters.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    let Some(star) = pattern.iter().position(|&c| c == b'*') else { return pattern == name };
+    let (head, tail) = (&pattern[..star], &pattern[star + 1..]);
+    name.starts_with(head) && (head.len()..=name.len()).any(|at| matches(tail, &name[at..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_stand_for_anything() {
+        for (pattern, name, fits) in [
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("*.inv_freq", "l.3.inv_freq", true),
+            ("*.inv_freq", "l.3.inv_freqs", false),
+            ("l.*.k*", "l.30.attn.k_scale", true),
+            ("l.*.k*", "x.30.attn.k_scale", false),
+            ("*", "", true),
+        ] {
+            assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), fits, "{pattern} {name}");
+        }
+    }
+}

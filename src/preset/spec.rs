@@ -1,0 +1,214 @@
+//! A world spec's JSON.
+//!
+//! Members bear the names that the frameworks give them and have their defaults; one that is unknown is an error that names it.
+#![forbid(unsafe_code)]
+
+use super::model::{self, Model};
+use super::side::Side;
+use super::{hf, megatron, vllm};
+use crate::abi::*;
+use crate::error::{Error, Result, bail, err};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Largest size that a spec may give; products of two stay below 2^63.
+const MOST: u64 = 1 << 28;
+
+/// Most ranks of a world.
+const MOST_RANKS: usize = 1 << 20;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Text {
+    model: Map<String, Value>,
+    source: Map<String, Value>,
+    target: Map<String, Value>,
+    #[serde(default)]
+    ranks_per_host: Option<u64>,
+    #[serde(default)]
+    link_gb_per_s: Option<Links>,
+    #[serde(default)]
+    ignore: Vec<String>,
+}
+
+/// Rates of links, in GB/s of a rank in each direction.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Links {
+    /// Between ranks of one host.
+    pub same_host: f64,
+    /// Between hosts.
+    pub network: f64,
+}
+
+/// A spec, read and checked.
+pub struct Spec {
+    /// The model.
+    pub model: Model,
+    /// What is read.
+    pub source: Side,
+    /// What is written.
+    pub target: Side,
+    /// Ranks of a host, for plans made without peers; `None`: all are on one.
+    pub ranks_per_host: Option<u64>,
+    /// For estimates of time.
+    pub links: Option<Links>,
+    /// Patterns of names that bind accepts and leaves out.
+    pub ignore: Vec<String>,
+    /// Equal for specs that mean the same.
+    pub digest: u64,
+}
+
+impl Spec {
+    /// Errors name the member.
+    pub fn new(text: &str) -> Result<Spec> {
+        let value: Value = serde_json::from_str(text).map_err(|e| err!(RS_ERR_INVALID, "the spec is no JSON: {e}"))?;
+        let text: Text = take("spec", value)?;
+        let model = Model::new(&text.model)?;
+        let (source, a) = side("source", &model, text.source, false)?;
+        let (target, b) = side("target", &model, text.target, true)?;
+        if source.parts.dtype != target.parts.dtype {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "source has dtype (code {}, bits {}), target (code {}, bits {}): casts are not built",
+                source.parts.dtype.0,
+                source.parts.dtype.1,
+                target.parts.dtype.0,
+                target.parts.dtype.1
+            );
+        }
+        if let Some(n) = text.ranks_per_host {
+            size("ranks_per_host", n)?;
+        }
+        if let Some(l) = text.link_gb_per_s {
+            if !(l.same_host > 0.0 && l.network > 0.0) {
+                bail!(RS_ERR_INVALID, "link_gb_per_s: both rates must be above 0");
+            }
+        }
+        // What makes the world: the numbers, not how they were written.
+        let meaning =
+            serde_json::to_string(&(&model, a, b)).map_err(|e| err!(RS_ERR_INTERNAL, "a spec could not be written: {e}"))?;
+        Ok(Spec {
+            model,
+            source,
+            target,
+            ranks_per_host: text.ranks_per_host,
+            links: text.link_gb_per_s,
+            ignore: text.ignore,
+            // 0 stands for tables.
+            digest: xxh3_64(meaning.as_bytes()).max(1),
+        })
+    }
+}
+
+/// A side, and all that tells it from others.
+fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) -> Result<(Side, Value)> {
+    let context = |e: Error| e.context(label);
+    let framework = match text.remove("framework") {
+        Some(Value::String(name)) => name,
+        _ => bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\""),
+    };
+    fn with<O: DeserializeOwned + Serialize>(
+        label: &str,
+        text: Map<String, Value>,
+        parts: impl FnOnce(&O) -> Result<super::side::Parts>,
+    ) -> Result<(super::side::Parts, Value)> {
+        let options: O = take(label, Value::Object(text))?;
+        let meaning = serde_json::to_value(&options).map_err(|e| err!(RS_ERR_INTERNAL, "{e}"))?;
+        parts(&options).map(|p| (p, meaning)).map_err(|e| e.context(label))
+    }
+    let (parts, meaning) = match framework.as_str() {
+        "megatron" => with(label, text, |o| megatron::parts(model, o, target)),
+        "vllm" => with(label, text, |o| vllm::parts(model, o)),
+        "hf" => with(label, text, |o| hf::parts(model, o)),
+        other => bail!(RS_ERR_UNSUPPORTED, "{label}.framework is \"{other}\"; there are \"megatron\", \"vllm\" and \"hf\""),
+    }?;
+    let side = Side::new(model, label, parts).map_err(context)?;
+    Ok((side, Value::Array(vec![framework.into(), meaning])))
+}
+
+/// A value as a struct; errors name the member.
+fn take<T: DeserializeOwned>(label: &str, value: Value) -> Result<T> {
+    serde_path_to_error::deserialize(value).map_err(|e| match e.path().to_string().as_str() {
+        "." => err!(RS_ERR_INVALID, "{label}: {}", e.inner()),
+        path => err!(RS_ERR_INVALID, "{label}.{path}: {}", e.inner()),
+    })
+}
+
+/// The default of most sizes.
+pub fn one() -> u64 {
+    1
+}
+
+/// A size that products may use.
+pub fn size(member: &str, n: u64) -> Result<u64> {
+    if !(1..=MOST).contains(&n) {
+        bail!(RS_ERR_INVALID, "{member} is {n}; it must be from 1 to {MOST}");
+    }
+    Ok(n)
+}
+
+/// A side's dtype: that of the member, else the model's.
+pub fn dtype(member: &str, given: Option<&str>, model: &Model) -> Result<(u8, u8)> {
+    given.map_or(Ok(model.dtype), |name| model::dtype(&Value::from(name)).map_err(|e| e.context(member)))
+}
+
+/// Communicator ranks: `"0-3,8"` or a list.
+#[derive(Debug, Serialize)]
+pub struct Ranks(pub Vec<u32>);
+
+impl<'de> Deserialize<'de> for Ranks {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Ranks, D::Error> {
+        let too_many = || D::Error::custom(format!("more than {MOST_RANKS}"));
+        let out = match Value::deserialize(from)? {
+            Value::String(text) => {
+                let mut out = vec![];
+                for part in text.split(',').map(str::trim) {
+                    let (first, last) = part.split_once('-').unwrap_or((part, part));
+                    let number = |n: &str| n.trim().parse::<u32>();
+                    let (Ok(first), Ok(last)) = (number(first), number(last)) else {
+                        return Err(D::Error::custom(format!("'{part}' is no rank and no range such as 0-7")));
+                    };
+                    if last < first || (last - first) as usize >= MOST_RANKS - out.len().min(MOST_RANKS) {
+                        return Err(if last < first { D::Error::custom(format!("'{part}' falls")) } else { too_many() });
+                    }
+                    out.extend(first..=last);
+                }
+                out
+            }
+            Value::Array(list) => {
+                let number = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+                let numbers: Option<Vec<u32>> = list.iter().map(number).collect();
+                numbers.ok_or_else(|| D::Error::custom("the list has something else than ranks"))?
+            }
+            other => return Err(D::Error::custom(format!("{other} is neither text such as \"0-7\" nor a list"))),
+        };
+        match out.len() {
+            0 => Err(D::Error::custom("there must be one")),
+            n if n > MOST_RANKS => Err(too_many()),
+            _ if out.iter().any(|&r| r as usize >= MOST_RANKS) => Err(D::Error::custom(format!("one is beyond {MOST_RANKS}"))),
+            _ => Ok(Ranks(out)),
+        }
+    }
+}
+
+/// Numbers: `"7,7,8"` or a list.
+#[derive(Debug, Serialize)]
+pub struct List(pub Vec<u64>);
+
+impl<'de> Deserialize<'de> for List {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<List, D::Error> {
+        let value = Value::deserialize(from)?;
+        let numbers: Option<Vec<u64>> = match &value {
+            Value::String(text) => text.split(',').map(|n| n.trim().parse().ok()).collect(),
+            Value::Array(list) => list.iter().map(Value::as_u64).collect(),
+            _ => None,
+        };
+        match numbers {
+            Some(numbers) if numbers.iter().all(|&n| n <= MOST) => Ok(List(numbers)),
+            _ => Err(D::Error::custom(format!("{value} is no list of numbers such as \"7,7,8\" or [7, 7, 8]"))),
+        }
+    }
+}
