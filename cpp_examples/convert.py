@@ -6,6 +6,7 @@
 Knows GGUF and how llama.cpp stores a Llama. The only program of the job that needs the package gguf. It writes
 
     weights.bin      the tensors, row-major bf16, one after the other, each at a multiple of 64 bytes
+    config.json      Hugging Face's description of the model: the part `model` of a world spec
     model.txt        lines `config KEY VALUE` and `tensor NAME BYTE_OFFSET ROWS COLUMNS` (COLUMNS 0: one axis)
     tokenizer.json   tokens, merges, ids and texts of the chat template
 """
@@ -20,16 +21,16 @@ import sysconfig
 import gguf
 import numpy as np
 
-CONFIG = {  # ours: llama.cpp's key
-    "hidden": "llama.embedding_length",
-    "layers": "llama.block_count",
-    "heads": "llama.attention.head_count",
-    "kv_heads": "llama.attention.head_count_kv",
-    "mlp": "llama.feed_forward_length",
-    "vocab": "llama.vocab_size",
-    "context": "llama.context_length",
-    "rope_base": "llama.rope.freq_base",
-    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+SIZES = {  # Hugging Face's key: llama.cpp's
+    "hidden_size": "llama.embedding_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "intermediate_size": "llama.feed_forward_length",
+    "vocab_size": "llama.vocab_size",
+    "max_position_embeddings": "llama.context_length",
+    "rope_theta": "llama.rope.freq_base",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
 }
 LAYER = {  # llama.cpp's name: Hugging Face's
     "attn_norm": "input_layernorm",
@@ -65,15 +66,22 @@ def hugging_face_name(name):
     return f"model.layers.{layer}.{LAYER[part]}.{suffix}"
 
 
-def write_weights(reader, config, out):
-    lines = [f"config {key} {value}\n" for key, value in config.items()]
+def write_config(reader, sizes, out):
+    tied = not any(t.name == "output.weight" for t in reader.tensors)
+    config = {"architectures": ["LlamaForCausalLM"], **sizes, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}
+    with open(os.path.join(out, "config.json"), "w") as f:
+        json.dump(config, f, indent=2)
+
+
+def write_weights(reader, sizes, out):
+    lines = [f"config {key} {value}\n" for key, value in sizes.items()]
     with open(os.path.join(out, "weights.bin"), "wb") as f:
         for t in reader.tensors:
             w = gguf.dequantize(t.data, t.tensor_type)
             if ".attn_q." in t.name:
-                w = unpermute(w, config["heads"])
+                w = unpermute(w, sizes["num_attention_heads"])
             elif ".attn_k." in t.name:
-                w = unpermute(w, config["kv_heads"])
+                w = unpermute(w, sizes["num_key_value_heads"])
             f.write(bytes(-f.tell() % 64))
             rows, columns = (*w.shape, 0)[:2]
             lines.append(f"tensor {hugging_face_name(t.name)} {f.tell()} {rows} {columns}\n")
@@ -112,7 +120,9 @@ def main():
 
     os.makedirs(out, exist_ok=True)
     write_tokenizer(field, out)
-    write_weights(reader, {ours: field(key) for ours, key in CONFIG.items()}, out)
+    sizes = {theirs: field(key) for theirs, key in SIZES.items()}
+    write_config(reader, sizes, out)
+    write_weights(reader, sizes, out)
 
 
 main()

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The job: six trainer processes put SmolLM2's weights into a C++ engine, twice change them, and the engine's text follows.
 
-Starts the processes of trainer.py and engine/main.cpp, tells them what to do over pipes, compares what they answer. When one fails, all
-are ended and the failure is printed.
+Starts the processes of trainer.py and engine/main.cpp, gives all of them the same world spec, tells them what to do over pipes, compares
+what they answer. When one fails, all are ended and the failure is printed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -13,13 +14,17 @@ import selectors
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
+import megatron
+import reshard
 from tokenizer import Tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TP, PP = 3, 2  # the trainer's cut
 TRAINERS = TP * PP
+SPARE_ROWS = 64  # of each engine rank's vocabulary, with --tables: memory that no sync may touch
 PATIENCE = 150  # seconds for any answer; the library's own deadlines are shorter and say more
 
 
@@ -30,16 +35,9 @@ class JobError(Exception):
 class Worker:
     """A process that answers lines."""
 
-    def __init__(self, name, command, environment, fd=None):
+    def __init__(self, name, command, fds):
         self.name = name
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=() if fd is None else (fd,),
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pass_fds=fds)
         self._unread = b""
 
     def send(self, line):
@@ -121,51 +119,82 @@ def ask(workers, command, title=""):
     return [answers[worker] for worker in workers]
 
 
+def world_spec(model, first, engines, replicas):
+    """The model, the trainer's cut and the engines' cut (their ranks from `first` on): all there is to know of anybody's weights."""
+    with open(os.path.join(model, "config.json")) as f:
+        config = json.load(f)
+    source = {
+        "framework": "megatron",
+        "ranks": list(range(TRAINERS)),
+        "tensor_model_parallel_size": TP,
+        "pipeline_model_parallel_size": PP,
+        "padded_vocab_size": megatron.padded_vocabulary(config["vocab_size"], TP),
+    }
+    target = {
+        "framework": "vllm",
+        "ranks": list(range(first, first + engines)),
+        "tensor_parallel_size": engines // replicas,
+        "replicas": replicas,
+    }
+    return {"model": config, "source": source, "target": target}
+
+
 class Job:
     def __init__(self, options):
         self.options = options
         self.tokenizer = Tokenizer(os.path.join(options.model, "tokenizer.json"))
         self.name = f"smollm2-{os.getpid()}-{secrets.token_hex(4)}"
+        self.engine_tp = options.engines // options.replicas
+        self.first_engine = 0 if options.colocated else TRAINERS  # rank of the world
+        self.world = max(TRAINERS, self.first_engine + options.engines)
+        self.spec = None if options.tables else world_spec(options.model, self.first_engine, options.engines, options.replicas)
         self.workers = []
         self.syncs = []  # (version, statistics of all ranks)
 
-    def start(self, name, command, fd=None):
-        library = os.path.join(self.options.prefix, "lib", "libreshard.so")
-        environment = {**os.environ, "RESHARD_LIBRARY": library}
-        self.workers.append(Worker(name, [str(word) for word in command], environment, fd))
+    def start(self, name, command, fds):
+        self.workers.append(Worker(name, [str(word) for word in command], fds))
         return self.workers[-1]
 
-    def start_engines(self, arguments, title):
-        """One process for each engine rank; `arguments` of a rank."""
-        count = self.options.engines
-        program = [os.path.join(self.options.engine, "engine_rank"), "--model", self.options.model, "--ranks", count]
-        team = os.memfd_create("engine-team")
-        try:
-            return [
-                self.start(f"{title} rank {rank}", [*program, "--rank", rank, "--team-fd", team, *arguments(rank)], team)
-                for rank in range(count)
-            ]
-        finally:
-            os.close(team)
+    def member(self):
+        """Arguments of a rank of the world, but its number."""
+        return ["--comm", self.name, "--world", self.world, *(["--spec", json.dumps(self.spec)] if self.spec else [])]
 
-    def start_trainers(self, world):
-        program = [sys.executable, os.path.join(HERE, "trainer.py"), "--model", self.options.model, "--comm", self.name]
-        program += ["--world", world, "--tp", TP, "--pp", PP]
-        held = self.options.engines if self.options.colocated else 0
-        team = os.memfd_create("engine-team")
-        library = os.path.join(self.options.engine, "libengine.so")
-        engine = ["--engine-ranks", held, "--engine-library", library, "--team-fd", team]
+    @contextlib.contextmanager
+    def teams(self):
+        """The memfds in which each engine's ranks meet, to be passed on, and a function: what engine_open() wants of a rank of them all."""
+        padding = 0 if self.spec else SPARE_ROWS
+        fds = [os.memfd_create("engine-team") for _ in range(self.options.replicas)]
+
+        def arguments(rank):
+            replica, tp = divmod(rank, self.engine_tp)
+            return ["--engine-rank", tp, "--engine-ranks", self.engine_tp, "--padding-rows", padding, "--team-fd", fds[replica]]
+
         try:
+            yield fds, arguments
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def start_engines(self, title, count, arguments):
+        """One process for each of the first `count` engine ranks; further `arguments` of a rank."""
+        program = [os.path.join(self.options.engine, "engine_rank"), "--model", self.options.model]
+        with self.teams() as (fds, engine):
+            return [self.start(f"{title} rank {rank}", [*program, *engine(rank), *arguments(rank)], fds) for rank in range(count)]
+
+    def start_trainers(self):
+        program = [sys.executable, os.path.join(HERE, "trainer.py"), "--model", self.options.model]
+        program += ["--tp", TP, "--pp", PP, *self.member()]
+        library = ["--engine-library", os.path.join(self.options.engine, "libengine.so")]
+        held = self.options.engines if self.options.colocated else 0
+        with self.teams() as (fds, engine):
             return [
                 self.start(
                     f"trainer rank {rank}",
-                    [*program, "--rank", rank, *(["--engine-rank", rank, *engine] if rank < held else [])],
-                    team,
+                    [*program, "--comm-rank", rank, *([*engine(rank), *library] if rank < held else [])],
+                    fds,
                 )
                 for rank in range(TRAINERS)
             ]
-        finally:
-            os.close(team)
 
     def generate(self, engines):
         prompt = self.tokenizer.chat(self.options.prompt)
@@ -175,51 +204,60 @@ class Job:
             raise JobError("the engine's ranks disagree on the tokens")
         return ids[0]
 
+    def check_spec(self):
+        """Hears of a spec that the library refuses before any process is started."""
+        try:
+            reshard.Preset(self.spec, 0).close()
+        except reshard.Error as error:
+            raise JobError(f"{error}\nwith --tables the job runs with any number of engine ranks") from None
+
     def reference(self):
         """What an engine says that read the weights from the file."""
-        engines = self.start_engines(lambda rank: ["--reference"], "reference")
+        engines = self.start_engines("reference", self.engine_tp, lambda rank: ["--reference"])
         ids = self.generate(engines)
         for engine in engines:
             engine.end()
         self.workers.clear()
         return ids
 
-    def version(self, number, trainers, engines, what):
+    def version(self, number, engines, what):
         """Syncs a version, checks the engine's parameters, generates."""
-        everyone = trainers if self.options.colocated else trainers + engines
-        statistics = [json.loads(answer) for answer in ask(everyone, f"sync {number}", f"version {number}")]
+        statistics = [json.loads(answer) for answer in ask(self.workers, f"sync {number}", f"version {number}")]
         self.syncs.append((number, statistics))
         params = sum(map(int, ask(engines, f"check {number}")))
         ids = self.generate(engines)
-        print(f"\nversion {number}, {what}: {params} parameters whole, at their first addresses, padding untouched")
+        padding = "" if self.spec else ", padding untouched"
+        print(f"\nversion {number}, {what}: {params} parameters whole, at their first addresses{padding}")
         print("  " + self.tokenizer.decode(ids).strip().replace("\n", "\n  "), flush=True)
         return ids
 
     def run(self):
-        colocated, count = self.options.colocated, self.options.engines
+        colocated, count, replicas = self.options.colocated, self.options.engines, self.options.replicas
+        where = "in the trainer processes" if colocated else "processes of their own"
         print(f"trainer: {TRAINERS} processes, tensor parallel {TP}, pipeline parallel {PP}")
-        print(f"engine:  {count} ranks, tensor parallel, {'in the trainer processes' if colocated else 'processes of their own'}")
+        print(f"engine:  {count} ranks, {replicas} x tensor parallel {self.engine_tp}, {where}")
+        print(f"weights: {'by one world spec, given to every process' if self.spec else 'by tables of each process'}")
+        if self.spec:
+            print(textwrap.indent(textwrap.fill(json.dumps(self.spec), 116), "  "))
+            self.check_spec()
         print(f"prompt:  {self.options.prompt}", flush=True)
         reference = self.reference()
         print(f"reference, from the file:\n  {self.tokenizer.decode(reference).strip()}".replace("\n", "\n  "), flush=True)
 
-        world = TRAINERS if colocated else TRAINERS + count
-        trainers = self.start_trainers(world)
+        trainers = self.start_trainers()
         if colocated:
             engines = trainers[:count]
         else:
-            engines = self.start_engines(
-                lambda rank: ["--comm", self.name, "--comm-rank", TRAINERS + rank, "--world", world], "engine"
-            )
+            engines = self.start_engines("engine", count, lambda rank: [*self.member(), "--comm-rank", self.first_engine + rank])
         ask(self.workers, "connect")
 
-        first = self.version(1, trainers, engines, "the trainer's weights")
+        first = self.version(1, engines, "the trainer's weights")
         expect(first == reference, "version 1 and the reference give different tokens")
         ask(trainers, "change")
-        second = self.version(2, trainers, engines, "every MLP weakened by a fifth")
+        second = self.version(2, engines, "every MLP weakened by a fifth")
         expect(second != first, "changed weights give the same tokens: with so few it may not show yet, try more --tokens")
         ask(trainers, "restore")
-        third = self.version(3, trainers, engines, "restored")
+        third = self.version(3, engines, "restored")
         expect(third == first, "the trainer restored its weights, the first tokens did not come back")
         print(f"\nall {len(first)} tokens: version 1 = reference, version 2 differs, version 3 = version 1\n")
         self.print_table(sum(map(float, ask(engines, "memcpy"))))
@@ -255,13 +293,17 @@ def main():
     parser.add_argument("--prompt", default="What is the capital of France?", help="the user's turn")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate (64)")
     parser.add_argument("--engines", type=int, default=3, help="engine ranks, 1 to 9 (3)")
+    parser.add_argument("--replicas", type=int, default=1, help="independent engines that these ranks make, equal in size (1)")
     parser.add_argument("--colocated", action="store_true", help="the first trainer processes hold the engine's ranks too")
+    parser.add_argument("--preset", action="store_false", dest="tables", default=False, help="one world spec for all: the default")
+    parser.add_argument("--tables", action="store_true", help="each process describes its weights by tables of its own")
     parser.add_argument("--model", required=True, help=argparse.SUPPRESS)  # the folder that convert.py wrote
     parser.add_argument("--engine", required=True, help=argparse.SUPPRESS)  # the folder of engine_rank and libengine.so
-    parser.add_argument("--prefix", required=True, help=argparse.SUPPRESS)  # where the library is installed
     options = parser.parse_args()
     if not 1 <= options.engines <= (TRAINERS if options.colocated else 9):
         parser.error(f"--engines {options.engines}: 1 to 9, or to {TRAINERS} with --colocated")
+    if options.replicas < 1 or options.engines % options.replicas:
+        parser.error(f"--replicas {options.replicas}: {options.engines} engine ranks cannot be cut into so many equal engines")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     job = Job(options)

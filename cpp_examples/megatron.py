@@ -4,26 +4,25 @@ Knows Megatron's cuts (tensor parallel, pipeline parallel, fused QKV, gate and u
 weights. bf16 lies in uint16 arrays.
 """
 
+import json
+
 import numpy as np
 import reshard
 
 
 class Model:
-    """The Hugging Face tensors and sizes that convert.py wrote."""
+    """The Hugging Face tensors and config that convert.py wrote."""
 
     def __init__(self, folder):
-        self.config, self._index = {}, {}
+        with open(f"{folder}/config.json") as f:
+            self.config = json.load(f)
+        self._index = {}
         with open(f"{folder}/model.txt") as f:
             for kind, name, *values in map(str.split, f):
-                if kind == "config":
-                    self.config[name] = float(values[0])
-                else:
+                if kind == "tensor":
                     offset, rows, columns = map(int, values)
                     self._index[name] = offset, (rows, columns) if columns else (rows,)
         self._bytes = np.memmap(f"{folder}/weights.bin", mode="r")
-
-    def size(self, key):
-        return int(self.config[key])
 
     def __getitem__(self, name):
         offset, shape = self._index[name]
@@ -36,17 +35,22 @@ def scale(weights, factor):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def padded_vocabulary(vocab, tp_size):
+    """Rows of the embedding over all ranks, a multiple of 128 on each: one block more than needed, so some are of no token."""
+    return (vocab // (128 * tp_size) + 1) * 128 * tp_size
+
+
 class Rank:
     """Tensor-parallel rank `tp` of `tp_size` of pipeline stage `pp` of `pp_size`.
 
-    `shards` are the parameters, Megatron's name to array; `layout` describes them as sources. Embeddings are tied: the last stage holds a
-    copy of its own, as Megatron does.
+    `shards` are the parameters: name to array, the names with the `module.` of Megatron's wrappers. `layout` are the tables that describe
+    them as sources, for who gives no world spec. Embeddings are tied: the last stage holds a copy of its own, as Megatron does.
     """
 
     def __init__(self, model, tp, tp_size, pp, pp_size):
         self.model, self.tp, self.tp_size = model, tp, tp_size
         self.shards, self.layout = {}, reshard.Layout()
-        layers = model.size("layers") // pp_size
+        layers = model.config["num_hidden_layers"] // pp_size
         if pp == 0:
             self.add_vocabulary("embedding.word_embeddings.weight")
         for i in range(layers):
@@ -64,6 +68,7 @@ class Rank:
         self.add_columns(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight")
 
     def add(self, name, shard):
+        name = f"module.{name}"
         self.shards[name] = np.ascontiguousarray(shard)
         return self.layout.buffer(name, self.shards[name], reshard.SOURCE)
 
@@ -86,7 +91,7 @@ class Rank:
 
     def add_qkv(self, name, theirs):
         """Fused by KV group: its query heads, its key head, its value head; then the next group."""
-        kv_heads, hidden = self.model.size("kv_heads"), self.model.size("hidden")
+        kv_heads, hidden = self.model.config["num_key_value_heads"], self.model.config["hidden_size"]
         views = {}  # a tensor as [group, rows of a group, hidden]
         for part in "qkv":
             w = self.model[f"{theirs}{part}_proj.weight"]
@@ -113,10 +118,10 @@ class Rank:
             self.tile(half, buffer, i * rows * hidden, self.model[half].shape, (first, 0), (rows, hidden), (hidden, 1))
 
     def add_vocabulary(self, name):
-        """Rows of the embedding, padded: a spare block of 128 rows on each rank, so the last ranks end in rows of no token."""
+        """Rows of the embedding; behind the last token's come rows of zeros."""
         w = self.model["model.embed_tokens.weight"]
         vocab, hidden = w.shape
-        rows = (vocab // (128 * self.tp_size) + 1) * 128
+        rows = padded_vocabulary(vocab, self.tp_size) // self.tp_size
         first = self.tp * rows
         true = min(rows, vocab - first)
         shard = np.zeros((rows, hidden), np.uint16)

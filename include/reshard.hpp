@@ -85,6 +85,24 @@ template <class T, void (*End)(T *)> class Handle {
     T *ptr_ = nullptr;
 };
 
+/** All bytes of a call that answers RS_ERR_TOO_SMALL and the length it needs. */
+template <class Call> std::string all(Call call) {
+    std::string out(1024, '\0');
+    std::size_t len = 0;
+    rs_status_t status;
+    while ((status = call(&out[0], out.size(), &len)) == RS_ERR_TOO_SMALL) out.resize(len);
+    check(status);
+    out.resize(len);
+    return out;
+}
+
+/** As above, of text that ends with NUL, which is left out. */
+template <class Call> std::string all_text(Call call) {
+    std::string text = all(call);
+    text.pop_back();
+    return text;
+}
+
 } // namespace detail
 
 /** A communicator. Containers take references of their own, so it may go before they do. */
@@ -151,6 +169,7 @@ class Dims {
     }
 
     uint32_t count() const noexcept { return count_; }
+    const int64_t *data() const noexcept { return values_; }
     int64_t operator[](std::size_t i) const noexcept { return values_[i]; }
     void copy_to(int64_t (&row)[RS_MAX_RANK]) const noexcept {
         for (std::size_t i = 0; i < RS_MAX_RANK; i++) row[i] = values_[i];
@@ -268,6 +287,53 @@ class Layout {
     std::vector<rs_tile_t> tiles_;
 };
 
+/** A world spec and one rank's memory, instead of tables. A container copies them; the preset may go then. */
+class Preset : public detail::Handle<rs_preset_t, rs_preset_destroy> {
+  public:
+    using Handle::Handle;
+
+    /** rs_preset_create(). */
+    Preset(const char *spec_json, int32_t rank) : Handle(create(spec_json, rank)) {}
+
+    /** rs_preset_bind(). */
+    void bind(const rs_bind_t &given) { check(rs_preset_bind(get(), &given)); }
+    /** Binds dense host memory to a parameter, under the framework's own name. */
+    void bind(const char *name, void *data, uint64_t size_bytes, rs_dtype_t dtype, const Dims &shape, uint32_t role,
+              uint32_t model_chunk = 0) {
+        auto given = sized<rs_bind_t>();
+        given.name = name;
+        given.role = role;
+        given.model_chunk = model_chunk;
+        given.data = data;
+        given.size_bytes = size_bytes;
+        given.device_type = RS_DEVICE_CPU;
+        given.dtype = dtype;
+        given.ndim = shape.count();
+        given.shape = shape.data();
+        bind(given);
+    }
+
+    /** rs_preset_layout(): the tables that the spec stands for, borrowed until the next bind or destroy. */
+    rs_layout_t layout() {
+        auto out = sized<rs_layout_t>();
+        check(rs_preset_layout(get(), &out));
+        return out;
+    }
+
+    /** rs_preset_describe(): JSON. */
+    std::string describe(uint32_t what) const {
+        return detail::all_text(
+            [&](char *buf, std::size_t cap, std::size_t *len) { return rs_preset_describe(get(), what, buf, cap, len); });
+    }
+
+  private:
+    static rs_preset_t *create(const char *spec_json, int32_t rank) {
+        rs_preset_t *out = nullptr;
+        check(rs_preset_create(spec_json, rank, &out));
+        return out;
+    }
+};
+
 /** A config for host memory and this communicator, to be changed as needed. */
 inline rs_config_t config(const Comm &comm) {
     auto out = sized<rs_config_t>();
@@ -282,7 +348,9 @@ class Container : public detail::Handle<rs_container_t, rs_container_destroy> {
     using Handle::Handle;
 
     /** rs_container_create(). */
-    Container(const rs_config_t &config, const Layout &layout) : Handle(create(config, layout)) {}
+    Container(const rs_config_t &config, const rs_layout_t &layout) : Handle(create(config, &layout)) {}
+    Container(const rs_config_t &config, const Layout &layout) : Container(config, layout.get()) {}
+    Container(const rs_config_t &config, const Preset &preset) : Handle(create(with(config, preset), nullptr)) {}
 
     /** rs_container_connect(). Collective. */
     void connect() { check(rs_container_connect(get())); }
@@ -306,6 +374,7 @@ class Container : public detail::Handle<rs_container_t, rs_container_destroy> {
         const rs_layout_t tables = layout.get();
         check(rs_container_rebind(get(), &tables, nullptr));
     }
+    void rebind(const Preset &preset) { check(rs_container_rebind(get(), nullptr, preset.get())); }
 
     /** rs_container_set_comm(). */
     void set_comm(const Comm &comm) { check(rs_container_set_comm(get(), comm.get())); }
@@ -326,37 +395,29 @@ class Container : public detail::Handle<rs_container_t, rs_container_destroy> {
 
     /** rs_container_describe(): JSON. */
     std::string describe(uint32_t what, const char *param = nullptr) const {
-        std::string text = all([&](char *buf, std::size_t cap, std::size_t *len) {
+        return detail::all_text([&](char *buf, std::size_t cap, std::size_t *len) {
             return rs_container_describe(get(), what, param, buf, cap, len);
         });
-        text.pop_back(); // its NUL
-        return text;
     }
 
     /** rs_container_export(): this rank's tables as bytes. */
     std::string exported() const {
-        return all([&](char *buf, std::size_t cap, std::size_t *len) { return rs_container_export(get(), buf, cap, len); });
+        return detail::all(
+            [&](char *buf, std::size_t cap, std::size_t *len) { return rs_container_export(get(), buf, cap, len); });
     }
 
     /** rs_container_import(): another rank's exported(). */
     void import_tables(const std::string &blob) { check(rs_container_import(get(), blob.data(), blob.size())); }
 
   private:
-    static rs_container_t *create(const rs_config_t &config, const Layout &layout) {
-        const rs_layout_t tables = layout.get();
+    static rs_container_t *create(const rs_config_t &config, const rs_layout_t *layout) {
         rs_container_t *out = nullptr;
-        check(rs_container_create(&config, &tables, &out));
+        check(rs_container_create(&config, layout, &out));
         return out;
     }
-
-    template <class Call> static std::string all(Call call) {
-        std::string out(1024, '\0');
-        std::size_t len = 0;
-        rs_status_t status;
-        while ((status = call(&out[0], out.size(), &len)) == RS_ERR_TOO_SMALL) out.resize(len);
-        check(status);
-        out.resize(len);
-        return out;
+    static rs_config_t with(rs_config_t config, const Preset &preset) {
+        config.preset = preset.get();
+        return config;
     }
 };
 

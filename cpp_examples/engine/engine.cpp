@@ -13,9 +13,9 @@
 #include "weights.hpp"
 
 struct engine {
-  engine(const char *model_dir, int rank, int ranks, int team_fd)
+  engine(const char *model_dir, int rank, int ranks, int padding_rows, int team_fd)
       : config(model_dir),
-        weights(config, rank, ranks),
+        weights(config, rank, ranks, padding_rows),
         team(team_fd, rank, ranks, static_cast<size_t>(Model::kChunk) * config.hidden),
         model(config, weights, team) {}
 
@@ -42,9 +42,9 @@ int guarded(F body) {
 
 extern "C" {
 
-engine *engine_open(const char *model_dir, int rank, int ranks, int team_fd) {
+engine *engine_open(const char *model_dir, int rank, int ranks, int padding_rows, int team_fd) {
   engine *e = nullptr;
-  guarded([&] { e = new engine(model_dir, rank, ranks, team_fd); });
+  guarded([&] { e = new engine(model_dir, rank, ranks, padding_rows, team_fd); });
   return e;
 }
 
@@ -74,17 +74,18 @@ int engine_generate(engine *e, const int32_t *prompt, int prompt_count, int32_t 
 }
 
 double engine_memcpy_rate(const engine *e) {
+  using clock = std::chrono::steady_clock;
   const size_t bytes = e->weights.bytes();
   std::vector<char> from(bytes, 1), to(bytes, 2);
-  double best = 0;
-  for (int repeat = 0; repeat < 3; repeat++) {
-    const auto start = std::chrono::steady_clock::now();
+  const auto start = clock::now();
+  double copied = 0, seconds = 0;
+  while (seconds < 0.5) {
     std::memcpy(to.data(), from.data(), bytes);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(bytes) / seconds.count());
+    copied += static_cast<double>(bytes);
+    seconds = std::chrono::duration<double>(clock::now() - start).count();
     volatile char seen = to[bytes / 2];  // so that no copy is left out
     (void)seen;
   }
-  return best;
+  return copied / seconds;
 }
 }

@@ -18,14 +18,18 @@ extern "C" {
 typedef struct engine engine;
 
 /*
- * A rank with empty parameters; NULL on failure. `model_dir` holds model.txt (the model's sizes). The `ranks` engine ranks meet in the
- * shared memory `team_fd` (a memfd, empty at first; the caller may close it afterwards).
+ * A rank with empty parameters; NULL on failure. `model_dir` holds model.txt (the model's sizes). The vocabulary of each rank ends in
+ * `padding_rows` rows of no token. The `ranks` engine ranks meet in the shared memory `team_fd` (a memfd, empty at first; the caller may
+ * close it afterwards).
  */
-engine *engine_open(const char *model_dir, int rank, int ranks, int team_fd);
+engine *engine_open(const char *model_dir, int rank, int ranks, int padding_rows, int team_fd);
 void engine_close(engine *e);
 const char *engine_error(void);
 
-/* The rank's parameters as targets of a sync; valid until engine_close(). */
+/*
+ * The rank's parameters as targets of a sync; valid until engine_close(). Who describes the world by a spec binds the rows of `buffers`
+ * and leaves the other two tables, by which the engine loads its reference.
+ */
 const rs_layout_t *engine_layout(const engine *e);
 
 /* Loads the parameters from weights.bin in the model's folder: what a sync is compared with. */
@@ -38,7 +42,8 @@ int engine_check_padding(const engine *e);
 /* Collective over the engine's ranks: the `count` most likely tokens, one after the other, that follow the prompt. */
 int engine_generate(engine *e, const int32_t *prompt, int prompt_count, int32_t *tokens, int count);
 
-/* Bytes per second of a plain memcpy of as many bytes as this rank's parameters have, between warm pages; the best of three. */
+/* Bytes per second of plain memcpy of as many bytes as this rank's parameters have, over and over for half a second between warm pages:
+   called by all ranks at once, their sum is the machine's rate. */
 double engine_memcpy_rate(const engine *e);
 
 #ifdef __cplusplus

@@ -1,9 +1,11 @@
 // One engine rank as a process: it takes the trainer's weights in place and generates text with them.
 //
-//   engine_rank --model DIR --rank R --ranks N --team-fd FD --reference
-//   engine_rank --model DIR --rank R --ranks N --team-fd FD --comm NAME --comm-rank R --world W
+//   engine_rank ENGINE --reference
+//   engine_rank ENGINE --comm NAME --comm-rank R --world W [--spec JSON]
+//   ENGINE: --model DIR --engine-rank R --engine-ranks N --padding-rows N --team-fd FD, the arguments of engine_open()
 //
-// With --reference the weights come from the model's file instead. Commands are lines on stdin, each answered by one line on stdout,
+// With --spec the world spec says what its parameters hold, else its own tables do. With --reference the weights come from the model's
+// file instead, by the engine's own tables: a witness that no spec has misled. Commands are lines on stdin, each answered by one line on stdout,
 // "ok ..." or "error ...":
 //   connect         meet the other ranks of the world and plan
 //   sync V          take version V; lines "progress DONE TOTAL" come before the answer: what rs_container_describe() says
@@ -58,13 +60,23 @@ class Options {
   std::map<std::string, std::string> values_;
 };
 
+// The engine's buffers, named as the spec's framework names them: it knows the rest.
+reshard::Preset make_preset(const std::string &spec, int rank, const rs_layout_t *layout) {
+  reshard::Preset preset(spec.c_str(), rank);
+  for (size_t i = 0; i < layout->buffer_count; i++) {
+    const rs_buffer_t &b = layout->buffers[i];
+    preset.bind(b.name, b.data, b.size_bytes, b.dtype, reshard::Dims(b.shape, b.ndim), RS_TARGET);
+  }
+  return preset;
+}
+
 reshard::Container make_container(const Options &options, const rs_layout_t *layout) {
-  const auto comm = reshard::Comm::local(options.text("--comm").c_str(), options.number("--comm-rank"), options.number("--world"));
+  const int rank = options.number("--comm-rank");
+  const auto comm = reshard::Comm::local(options.text("--comm").c_str(), rank, options.number("--world"));
   rs_config_t config = reshard::config(comm);
   config.name = "engine";
-  rs_container_t *container = nullptr;
-  reshard::check(rs_container_create(&config, layout, &container));
-  return reshard::Container(container);
+  if (options.has("--spec")) return reshard::Container(config, make_preset(options.text("--spec"), rank, layout));
+  return reshard::Container(config, *layout);
 }
 
 // The library calls after every piece; a reader wants to hear of it twenty times a second.
@@ -132,7 +144,8 @@ std::string answer(engine *e, reshard::Container &container, const std::string &
 int main(int count, char **words) try {
   const Options options(count, words);
   const char *model = options.text("--model").c_str();
-  const Engine e(engine_open(model, options.number("--rank"), options.number("--ranks"), options.number("--team-fd")));
+  const Engine e(engine_open(model, options.number("--engine-rank"), options.number("--engine-ranks"),
+                             options.number("--padding-rows"), options.number("--team-fd")));
   if (!e) throw std::runtime_error(engine_error());
   engine_poison_padding(e.get());
   reshard::Container container;

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 namespace {
-constexpr int64_t kPaddingRows = 64;  // of the vocabulary, on each rank
 constexpr uint16_t kPoison = 0xFFDE;  // a NaN that no arithmetic produces
 
 Range part(int64_t n, int rank, int ranks) { return {rank * n / ranks, (rank + 1) * n / ranks}; }
@@ -24,18 +23,18 @@ Config::Config(const std::string &model_dir) {
   std::map<std::string, double> values;
   std::ifstream file = open_file(model_dir + "/model.txt");
   for (std::string kind, key; file >> kind && kind == "config";) file >> key >> values[key];
-  hidden = static_cast<int>(values.at("hidden"));
-  layers = static_cast<int>(values.at("layers"));
-  heads = static_cast<int>(values.at("heads"));
-  kv_heads = static_cast<int>(values.at("kv_heads"));
-  mlp = static_cast<int>(values.at("mlp"));
-  vocab = static_cast<int>(values.at("vocab"));
-  context = static_cast<int>(values.at("context"));
-  rope_base = static_cast<float>(values.at("rope_base"));
-  norm_eps = static_cast<float>(values.at("norm_eps"));
+  hidden = static_cast<int>(values.at("hidden_size"));
+  layers = static_cast<int>(values.at("num_hidden_layers"));
+  heads = static_cast<int>(values.at("num_attention_heads"));
+  kv_heads = static_cast<int>(values.at("num_key_value_heads"));
+  mlp = static_cast<int>(values.at("intermediate_size"));
+  vocab = static_cast<int>(values.at("vocab_size"));
+  context = static_cast<int>(values.at("max_position_embeddings"));
+  rope_base = static_cast<float>(values.at("rope_theta"));
+  norm_eps = static_cast<float>(values.at("rms_norm_eps"));
 }
 
-Weights::Weights(const Config &c, int rank, int ranks) {
+Weights::Weights(const Config &c, int rank, int ranks, int padding_rows) {
   if (ranks < 1 || ranks > c.heads || rank < 0 || rank >= ranks)
     throw std::runtime_error("engine rank " + std::to_string(rank) + " of " + std::to_string(ranks) + ": this model has " +
                              std::to_string(c.heads) + " heads, at most one rank for each");
@@ -46,7 +45,7 @@ Weights::Weights(const Config &c, int rank, int ranks) {
   vocab = part(c.vocab, rank, ranks);
 
   const std::string embed = "model.embed_tokens.weight";
-  embedding = add(embed, {some_rows(embed, c.vocab, hidden, vocab)}, kPaddingRows);
+  embedding = add(embed, {some_rows(embed, c.vocab, hidden, vocab)}, padding_rows);
   for (int i = 0; i < c.layers; i++) {
     const std::string layer = "model.layers." + std::to_string(i) + ".";
     const std::string attn = layer + "self_attn.", ffn = layer + "mlp.";

@@ -41,8 +41,8 @@ struct Layer {
 class Weights {
  public:
   // Rank `rank` of `ranks` holds the heads, MLP rows and vocabulary rows from floor(rank * n / ranks) to floor((rank + 1) * n / ranks),
-  // and the KV heads that its heads use.
-  Weights(const Config &config, int rank, int ranks);
+  // and the KV heads that its heads use; `padding_rows` more rows of the vocabulary belong to no token.
+  Weights(const Config &config, int rank, int ranks, int padding_rows);
 
   Range heads, kv_heads, mlp, vocab;
   Matrix embedding, norm;  // of the embedding, the rows from vocab.size() on are padding

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -13,11 +14,14 @@ using reshard::Comm;
 using reshard::Container;
 using reshard::Layout;
 using reshard::Mem;
+using reshard::Preset;
 
 static_assert(!std::is_copy_constructible_v<Container> && std::is_nothrow_move_constructible_v<Container>);
 static_assert(!std::is_copy_constructible_v<Comm> && std::is_nothrow_move_assignable_v<Comm>);
 static_assert(!std::is_copy_constructible_v<Layout> && std::is_move_constructible_v<Layout>);
-static_assert(sizeof(Container) == sizeof(void *) && sizeof(Comm) == sizeof(void *), "handles cost nothing");
+static_assert(!std::is_copy_constructible_v<Preset> && std::is_nothrow_move_constructible_v<Preset>);
+static_assert(sizeof(Container) == sizeof(void *) && sizeof(Comm) == sizeof(void *) && sizeof(Preset) == sizeof(void *),
+              "handles cost nothing");
 
 #define EXPECT(x) \
     do { \
@@ -101,6 +105,54 @@ static void rank(int32_t me) {
     EXPECT(container.get() == nullptr && other.poll());
 }
 
+/// A model of one layer that its trainer and its engine both hold on the one rank there is.
+static void preset() {
+    static const struct {
+        const char *trained, *served; // one parameter of Megatron's, one of vLLM's
+        reshard::Dims shape;
+    } params[] = {
+        {"module.embedding.word_embeddings.weight", "model.embed_tokens.weight", {64, 4}},
+        {"decoder.layers.0.self_attention.linear_qkv.layer_norm_weight", "model.layers.0.input_layernorm.weight", {4}},
+        {"decoder.layers.0.self_attention.linear_qkv.weight", "model.layers.0.self_attn.qkv_proj.weight", {8, 4}},
+        {"decoder.layers.0.self_attention.linear_proj.weight", "model.layers.0.self_attn.o_proj.weight", {4, 4}},
+        {"decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "model.layers.0.post_attention_layernorm.weight", {4}},
+        {"decoder.layers.0.mlp.linear_fc1.weight", "model.layers.0.mlp.gate_up_proj.weight", {12, 4}},
+        {"decoder.layers.0.mlp.linear_fc2.weight", "model.layers.0.mlp.down_proj.weight", {4, 6}},
+        {"decoder.final_layernorm.weight", "model.norm.weight", {4}},
+    };
+    constexpr std::size_t most = 64 * 4; // elements of a parameter
+    static float memory[2][std::size(params)][most];
+
+    const char *model = R"({"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 64,
+        "tie_word_embeddings": true, "torch_dtype": "float32"})";
+    const std::string spec = std::string(R"({"model": )") + model + R"(,
+        "source": {"framework": "megatron", "ranks": [0], "make_vocab_size_divisible_by": 64},
+        "target": {"framework": "vllm", "ranks": [0]}})";
+    Preset preset(spec.c_str(), 0);
+    EXPECT(status_of([&] { preset.layout(); }) < 0); // nothing is bound
+    for (std::size_t i = 0; i < std::size(params); i++) {
+        const reshard::Dims &shape = params[i].shape;
+        const uint64_t count = static_cast<uint64_t>(shape[0] * (shape.count() == 2 ? shape[1] : 1));
+        for (std::size_t element = 0; element < count; element++) memory[0][i][element] = static_cast<float>(1 + i * most + element);
+        preset.bind(params[i].trained, memory[0][i], count * sizeof(float), reshard::f32, shape, RS_SOURCE);
+        preset.bind(params[i].served, memory[1][i], count * sizeof(float), reshard::f32, shape, RS_TARGET);
+    }
+    EXPECT(status_of([&] { preset.bind("lm_head.weight", memory, 4, reshard::f32, {1}, RS_TARGET); }) == RS_ERR_NOT_FOUND);
+    EXPECT(preset.layout().buffer_count == 2 * std::size(params));
+    EXPECT(preset.describe(RS_DESCRIBE_LAYOUT).find("\"model.norm.weight\"") != std::string::npos);
+
+    Comm comm = Comm::loopback(79, 0, 1);
+    Container container(reshard::config(comm), preset), by_tables(reshard::config(comm), preset.layout());
+    container.connect();
+    container.sync(1);
+    // With one query group and no cut both frameworks order all rows alike.
+    for (std::size_t i = 0; i < std::size(params); i++)
+        for (std::size_t element = 0; element < most; element++) EXPECT(memory[0][i][element] == memory[1][i][element]);
+    container.rebind(preset);
+    container.sync(2);
+}
+
 int main() {
     EXPECT(status_of([] { Comm::custom(reshard::sized<rs_comm_ops_t>()); }) == RS_ERR_INVALID);
     EXPECT(status_of([] { Comm::local(nullptr, 0, 1); }) == RS_ERR_INVALID);
@@ -109,6 +161,7 @@ int main() {
         std::abort();
     } catch (const std::length_error &) {
     }
+    preset();
     std::thread first(rank, 0);
     std::thread second(rank, 1);
     first.join();
