@@ -5,10 +5,13 @@ cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
 source tests/steps.sh "$@"
 
+many_worlds() { RESHARD_WORLDS=5000 presets random_worlds; }
+
 step needs     900 install_needs
 
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
 step random 3600 some_tests env RESHARD_CASES=100000 cargo test --locked --release --test properties
+step worlds 1800 many_worlds
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
 

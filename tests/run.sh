@@ -80,11 +80,14 @@ step clippy          600 cargo clippy --locked --all-targets -- -D warnings
 step documentation   300 env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --lib
 step rust           1200 some_tests cargo test --locked --release --no-fail-fast
 step loom            600 loom
+step presets         600 presets
 step install         600 tests/install.sh
 step asan-rust      1200 asan_rust
 step asan-c          600 asan_c
 step model           600 cpp_examples/run.sh
-step model-9-engines 600 cpp_examples/run.sh --engines 9
+step model-replicas  600 cpp_examples/run.sh --replicas 3
 step model-colocated 600 cpp_examples/run.sh --colocated
+step model-tables-9  600 cpp_examples/run.sh --tables --engines 9
+step model-tables-co 600 cpp_examples/run.sh --tables --colocated
 
 finish

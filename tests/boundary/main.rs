@@ -3,5 +3,6 @@
 mod create;
 mod handles;
 mod hub;
+mod presets;
 mod ranks;
 mod tables;

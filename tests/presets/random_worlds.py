@@ -1,0 +1,286 @@
+"""Random small models between random sides, compared with the oracle: every byte, every name, every count of bytes.
+
+RESHARD_WORLDS: how many cases (300). RESHARD_SEED: the first seed (1); a failing case prints its seed, and
+RESHARD_SEED=that RESHARD_WORLDS=1 repeats it.
+"""
+
+import json
+import math
+import os
+import random
+
+import oracle
+import worlds
+
+MOST_RANKS = 12  # of one side
+TPS = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8)
+
+
+def divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def pick_ranks(rng, count, taken):
+    """`count` communicator ranks, and how they lie to those of the other side."""
+    if taken is None:
+        ranks = rng.choice([list(range(count)), rng.sample(range(count + 2), count)])
+    else:
+        free = [r for r in range(max(taken) + 1 + count) if r not in taken]
+        kind = rng.choice(["same", "overlap", "disjoint"])
+        if kind == "disjoint":
+            ranks = free[:count]
+        elif kind == "same" and len(taken) >= count:
+            ranks = rng.sample(taken, count) if rng.random() < 0.5 else taken[:count]
+        else:
+            ranks = rng.sample(range(max(max(taken) + 1, count) + 1), count)
+    return ranks
+
+
+def written(rng, ranks):
+    """The ranks as a list or as a string."""
+    if rng.random() < 0.5:
+        return list(ranks)
+    spans = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
+
+
+def cut(rng, total, parts, least):
+    """`total` as the sum of so many numbers."""
+    sizes = [least] * parts
+    for _ in range(total - least * parts):
+        sizes[rng.randrange(parts)] += 1
+    return sizes
+
+
+def as_list(rng, sizes):
+    return ",".join(map(str, sizes)) if rng.random() < 0.5 else sizes
+
+
+def layout_text(rng, sizes):
+    """Entries with so many layers each, with repeats now and then written short."""
+    entries = []
+    for i, size in enumerate(sizes):
+        t = f"t*{size}" if size > 1 and rng.random() < 0.5 else "t" * size
+        entries.append("E" * (i == 0) + t + "L" * (i == len(sizes) - 1))
+    text = "|".join(entries)
+    for size in (1, 2):
+        group = "t" * size + "|"
+        for times in (3, 2):
+            if group * times in text and rng.random() < 0.5:
+                return text.replace(group * times, f"({group})*{times},", 1)
+    return text
+
+
+KINDS = ("even", "even", "first", "last", "both", "account", "layout", "layout", "list", "noop", "noop first")
+
+
+def megatron_side(rng, wish, layers, vocab):
+    tp, pp, vpp, kind = wish["tp"], wish["pp"], wish["vpp"], wish["kind"]
+    side = {"framework": "megatron", "tensor_model_parallel_size": tp}
+    if rng.random() < 0.5:
+        side["transformer_impl"] = rng.choice(["transformer_engine", "local"])
+    cp, dp = rng.choice([1, 1, 1, 2]), rng.choice([1, 1, 2, 3])
+    if pp > 1 or rng.random() < 0.5:
+        side["pipeline_model_parallel_size"] = pp
+    if cp > 1:
+        side["context_parallel_size"] = cp
+    if rng.random() < 0.3:
+        side["data_parallel_size"] = dp
+    if rng.random() < 0.4:
+        side["use_tp_pp_dp_mapping"] = rng.random() < 0.8
+    first, last = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+    chunks = vpp or 1
+    if kind in ("first", "both", "noop first"):
+        side[first] = rng.randint(1, 3) * chunks
+    if kind == "both" and pp == 2:
+        vpp, chunks = None, 1  # Megatron divides by zero there
+        side[first] = min(side[first], layers - 1)
+    if kind in ("last", "both"):
+        side[last] = rng.randint(1, 3) * chunks
+    if kind == "account":
+        side["account_for_embedding_in_pipeline_split"] = rng.random() < 0.7
+        side["account_for_loss_in_pipeline_split"] = rng.random() < 0.7
+    if kind.startswith("noop"):
+        slots = layers + rng.randint(1, 4)
+        side["noop_layers"] = as_list(rng, sorted(rng.sample(range(slots), slots - layers)))
+    if kind == "list":
+        if layers < pp:
+            return None
+        side["num_layer_list"] = as_list(rng, cut(rng, layers, pp, 1))
+        vpp = None
+    if kind == "layout":
+        if layers < pp * chunks - 2:
+            return None
+        inner = cut(rng, layers, pp * chunks, 0)
+        side["pipeline_model_parallel_layout"] = layout_text(rng, inner)
+        if not all(inner[1:-1]):
+            return None  # an entry without anything: not a question for now
+        vpp = rng.choice([vpp, None])
+    if vpp:
+        side["virtual_pipeline_model_parallel_size"] = vpp
+    padding = rng.choice(["divisor", "divisor", "explicit", "default"])
+    if padding == "divisor":
+        side["make_vocab_size_divisible_by"] = rng.choice([1, 2, 3, 8, 16])
+    elif padding == "explicit":
+        side["padded_vocab_size"] = oracle.rounded_up(vocab, tp) + tp * rng.randint(0, 5)
+    return side, tp * pp * cp * dp
+
+
+def vllm_side(rng, wish, layers, vocab):
+    tp, pp = wish["tp"], wish["pp"]
+    side = {"framework": "vllm", "tensor_parallel_size": tp}
+    dp, replicas = rng.choice([1, 1, 1, 2]), rng.choice([1, 1, 1, 2])
+    if pp > layers:
+        return None
+    for key, size in (("pipeline_parallel_size", pp), ("data_parallel_size", dp), ("replicas", replicas)):
+        if size > 1 or rng.random() < 0.3:
+            side[key] = size
+    if rng.random() < 0.3:
+        side["VLLM_PP_LAYER_PARTITION"] = as_list(rng, cut(rng, layers, pp, 1))
+    if rng.random() < 0.8:
+        side["vocab_padding_size"] = rng.choice([1, tp, 2 * tp, 8, 16 * tp, 64])
+    return side, tp * pp * dp * replicas
+
+
+def hf_side(rng, wish, layers, vocab):
+    return {"framework": "hf"}, rng.choice([1, 1, 2, 3])
+
+
+SIDES = {"megatron": megatron_side, "vllm": vllm_side, "hf": hf_side}
+
+
+def random_model(rng, tps, layers):
+    """A config whose sizes both tensor parallel sizes divide."""
+    together = math.lcm(*tps)
+    heads = together * rng.choice([1, 1, 2] if together < 20 else [1])
+    kv_heads = rng.choice([n for n in divisors(heads) if all(n % tp == 0 or tp % n == 0 for tp in tps)])
+    head, arch = rng.choice([1, 2, 2, 4, 6]), rng.choice(oracle.ARCHITECTURES)
+    config = {
+        "architectures": [arch],
+        "hidden_size": rng.randint(1, 24),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "intermediate_size": together * rng.randint(1, 3),
+        "vocab_size": rng.choice([rng.randint(1, 9), rng.randint(10, 300)]),
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    }
+    if arch == "Qwen2ForCausalLM" or rng.random() < 0.3:  # vLLM's Qwen2 knows no other head size
+        config["hidden_size"] = heads * head
+        if rng.random() < 0.7:
+            del config["head_dim"]
+    if kv_heads == heads and rng.random() < 0.5:
+        del config["num_key_value_heads"]
+    if rng.random() < 0.5:
+        config["tie_word_embeddings"] = rng.random() < 0.8
+    dtype = rng.choice([None, "bfloat16", "bfloat16", "float16", "float32"])
+    if dtype:
+        config[rng.choice(["dtype", "torch_dtype"])] = dtype
+    return config, dtype or "bfloat16"
+
+
+def wish(rng):
+    """What a side shall be, whatever the model; the rest is tried until it fits."""
+    framework = rng.choice(["megatron", "megatron", "megatron", "vllm", "vllm", "hf"])
+    pp = rng.choice([1, 2, 2, 2, 3, 4])
+    tp = 1 if framework == "hf" else rng.choice(TPS)
+    vpp = rng.choice([None, None, 2, 3]) if pp > 1 else None
+    return {"framework": framework, "tp": tp, "pp": pp, "vpp": vpp, "kind": rng.choice(KINDS) if pp > 1 else "even"}
+
+
+def attempt(rng, wishes, same):
+    """A spec, or None where the choices do not fit each other."""
+    layers = rng.randint(1, 10)
+    config, dtype = random_model(rng, [w["tp"] for w in wishes], layers)
+    made = [SIDES[w["framework"]](rng, w, layers, config["vocab_size"]) for w in wishes]
+    if None in made:
+        return None
+    if same:
+        made[1] = (dict(made[0][0]), made[0][1])  # the same layout on both sides
+    if max(ranks for _, ranks in made) > MOST_RANKS:
+        return None
+    spec, taken = {"model": config}, None
+    for role, (side, count) in zip(("source", "target"), made):
+        ranks = pick_ranks(rng, count, taken)
+        taken = taken or ranks
+        side["ranks"] = written(rng, ranks)
+        if rng.random() < 0.2:
+            side["params_dtype" if side["framework"] == "megatron" else "dtype"] = dtype
+        spec[role] = side
+    if made[0][0].get("framework") == made[1][0].get("framework") and rng.random() < 0.3 and made[0][1] == made[1][1]:
+        spec["target"] = {**spec["source"]}  # the same ranks too: memory of both sides
+    if rng.random() < 0.2:
+        spec["ranks_per_host"] = rng.choice([1, 2, 4, 8])
+    if rng.random() < 0.1:
+        spec["link_gb_per_s"] = {"same_host": 100, "network": 25}
+    if rng.random() < 0.1:
+        spec["ignore"] = ["*.rotary_emb.inv_freq"]
+    world = 1 + max(oracle.ranks_of(spec["source"]) + oracle.ranks_of(spec["target"]))
+    try:
+        model = oracle.Model(config)
+        for role in ("source", "target"):
+            for rank in range(world):
+                oracle.params(spec, role, rank, model)
+    except oracle.Refused:
+        return None
+    return spec, world + rng.choice([0, 0, 0, 1])  # now and then with a rank that has no part
+
+
+def random_spec(rng):
+    while True:
+        wishes, same = [wish(rng), wish(rng)], rng.random() < 0.2
+        for _ in range(500):
+            if found := attempt(rng, wishes, same):
+                return found
+
+
+def shuffled(rng, value):
+    """The same JSON, its members in another order."""
+    if isinstance(value, dict):
+        items = list(value.items())
+        rng.shuffle(items)
+        return {key: shuffled(rng, item) for key, item in items}
+    return value
+
+
+def case(seed):
+    """Runs one; answers what it had in it."""
+    rng = random.Random(seed)
+    spec, world = random_spec(rng)
+    try:
+        shared = rng.choice([0, 0.5, 1])
+        ranks = worlds.run(
+            spec,
+            world,
+            share=lambda param: rng.random() < shared,
+            skip_optional=rng.random() < 0.5,
+            specs=[shuffled(rng, spec) for _ in range(world)],
+            prefix=lambda side: "module." * rng.randrange(3) if spec[side]["framework"] == "megatron" else "",
+            again=rng.random() < 0.3,
+        )
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {error}\n{json.dumps(spec)}\non {world} ranks") from error
+    return spec, sum(len(r.shared) for r in ranks), sum(len(r.params["target"]) for r in ranks)
+
+
+def main():
+    first, count = int(os.environ.get("RESHARD_SEED", 1)), int(os.environ.get("RESHARD_WORLDS", 300))
+    seen, shared, targets = {}, 0, 0
+    for seed in range(first, first + count):
+        spec, aliased, params = case(seed)
+        pair = f"{spec['source']['framework']} to {spec['target']['framework']}"
+        seen[pair] = seen.get(pair, 0) + 1
+        shared, targets = shared + aliased, targets + params
+    pairs = ", ".join(f"{n} {pair}" for pair, n in sorted(seen.items()))
+    print(f"random worlds: {count} ({pairs}), {targets} target parameters, {shared} of them the source's own memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Runs a world spec through the library and compares every byte with the oracle.
+
+All ranks are threads of this process (rs_comm_loopback; ctypes lets go of the interpreter's lock inside a call). What is local is done
+on the calling thread first, so that a refused preset or bind ends a case at once instead of leaving the others to wait.
+"""
+
+import ctypes as c
+import itertools
+import os
+import sys
+import threading
+
+import numpy as np
+import oracle
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../cpp_examples"))
+import reshard  # noqa: E402
+from reshard import SOURCE, TARGET  # noqa: E402
+
+POISON, JUNK = 0xA5A5, 0xDEAD  # no element has these: targets before a sync; padding of sources
+ROLES = {"source": SOURCE, "target": TARGET}
+TIMEOUT_MS = 30000
+hubs = itertools.count(1000)
+
+reshard._lib.rs_comm_loopback.argtypes = [c.c_uint64, c.c_int32, c.c_int32, c.c_void_p]
+reshard._lib.rs_container_rebind.argtypes = [c.c_void_p, c.c_void_p, c.c_void_p]
+
+
+class LoopbackComm(reshard.LocalComm):
+    """Threads of this process that give the same number."""
+
+    def __init__(self, hub, rank, world):
+        self._handle = c.c_void_p()
+        reshard._check(reshard._lib.rs_comm_loopback(hub, rank, world, c.byref(self._handle)))
+
+
+def check(condition, *words):
+    if not condition:
+        raise AssertionError(" ".join(map(str, words)))
+
+
+def on_threads(ranks, work):
+    """work(rank) for all of them at once; the first failure is raised."""
+    failures = {}
+
+    def guarded(rank):
+        try:
+            work(rank)
+        except Exception as error:
+            failures[rank] = error
+
+    threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(3 * TIMEOUT_MS / 1000)
+        check(not thread.is_alive(), "a rank hangs")
+    if failures:
+        rank, error = min(failures.items(), key=lambda item: item[0])
+        raise AssertionError(f"rank {rank}: {error}") from error
+    return failures
+
+
+class Described:
+    """One rank's parameters, by side."""
+
+    def __init__(self, spec, rank, model):
+        self.rank, self.model, self.spec, self.preset = rank, model, spec, None
+        self.params = {side: oracle.params(spec, side, rank, model) for side in ROLES}
+        self.shared = {}  # a target's key to the source whose memory it is
+
+    def check_describe(self):
+        """RS_DESCRIBE_LAYOUT lists the oracle's parameters, and nothing else."""
+        said = self.preset.describe(reshard.DESCRIBE_LAYOUT)
+        check(said["rank"] == self.rank, "describe says rank", said["rank"])
+        expected = {(role, *p.key): p for side, role in ROLES.items() for p in self.params[side]}
+        listed = {(p["role"], p["chunk"], p["name"]): p for p in said["params"]}
+        check(len(listed) == len(said["params"]), "a parameter is listed twice")
+        check(listed.keys() == expected.keys(), "listed or expected only:", sorted(listed.keys() ^ expected.keys()))
+        for key, p in expected.items():
+            row = listed[key]
+            check(tuple(row["shape"]) == p.shape, key, "shape", row["shape"], "instead of", p.shape)
+            dtype = tuple(row["dtype"][x] for x in ("code", "bits", "lanes"))
+            check(dtype == self.model.dtype, key, "dtype", dtype)
+            check(row["required"] == p.required, key, "required", row["required"])
+            if p.real.size and p.required:
+                check(set(row["tensors"]) == set(p.sources), key, "sources", row["tensors"], "instead of", p.sources)
+        return said["params"]
+
+    def expected_bytes(self):
+        """What a sync must do here at least: every element that is needed and not held arrives once."""
+        none = [np.empty(0, np.int64)]
+        wanted = np.concatenate([p.real for p in self.params["target"]] or none)
+        held = np.concatenate([p.real for p in self.params["source"] if p.required] or none)
+        aliased = sum(p.real.size for p in self.params["target"] if p.key in self.shared)
+        is_held, is_missing = np.zeros((2, self.model.elements), bool)
+        is_held[held] = True
+        here = is_held[wanted]
+        is_missing[wanted[~here]] = True
+        counts = {
+            "aliased": aliased,
+            "local": int(here.sum()) - aliased,
+            "received": int(is_missing.sum()),
+            "doubled": int((~here).sum()) - int(is_missing.sum()),
+        }
+        return {what: count * np.dtype(self.model.kind).itemsize for what, count in counts.items()}
+
+
+class Rank(Described):
+    """One rank's parameters and their memory."""
+
+    def __init__(self, spec, rank, model, sources=None, share=lambda param: False, skip_optional=False):
+        """`sources`: memory to send, by (chunk, name); else the oracle's. `share(target)`: whether it may be the source's own memory."""
+        super().__init__(spec, rank, model)
+        self.memory = {side: {} for side in ROLES}
+        for param in self.params["source"]:
+            if param.required or not skip_optional:
+                given = sources and sources[param.key]
+                self.memory["source"][param.key] = param.data(JUNK) if given is None else given
+        for param in self.params["target"]:
+            for source in self.params["source"]:
+                same = source.required and np.array_equal(source.elements, param.elements)
+                if same and source.key not in self.shared.values() and share(param):
+                    self.shared[param.key] = source.key
+                    break
+        self.new_targets()
+
+    def new_targets(self):
+        self.memory["target"] = {}
+        for param in self.params["target"]:
+            fresh = np.full(param.shape, POISON, self.model.kind)
+            source = self.shared.get(param.key)
+            self.memory["target"][param.key] = fresh if source is None else self.memory["source"][source]
+
+    def make_preset(self):
+        self.preset = reshard.Preset(self.spec, self.rank)
+        self.bind()
+        return self.preset
+
+    def bind(self, prefix=lambda side: ""):
+        """Memory that is a source and a target under one name is bound once, with both roles."""
+        both = {key for key, source in self.shared.items() if key == source}
+        for side, role in ROLES.items():
+            for (chunk, name), array in self.memory[side].items():
+                if (chunk, name) in both:
+                    if side == "source":
+                        continue
+                    self.preset.bind(prefix(side) + name, array, SOURCE | TARGET, self.model.dtype, chunk)
+                else:
+                    self.preset.bind(prefix(side) + name, array, role, self.model.dtype, chunk)
+
+    def check_targets(self):
+        """Every element is what the oracle says, and padding is untouched."""
+        for param in self.params["target"]:
+            got = self.memory["target"][param.key]
+            pad = JUNK if param.key in self.shared else POISON
+            wrong = np.argwhere(got != param.data(pad))
+            if wrong.size:
+                at = tuple(wrong[0])
+                element = int(param.elements[at])
+                what = "padding" if element < 0 else f"element {element} ({self.model.name_of(element)})"
+                raise AssertionError(
+                    f"rank {self.rank}: chunk {param.chunk} {param.name} {param.shape}: {len(wrong)} elements differ, the first at "
+                    f"{tuple(map(int, at))}, {what}: {got[at]:#x} instead of {param.data(pad)[at]:#x}"
+                )
+
+
+def run(spec, world, sources=None, specs=None, prefix=None, check_plans=True, again=False, **more):
+    """A whole sync; answers the ranks.
+
+    `sources`: by rank, memory to send. `specs`: by rank, the spec as that rank writes it. `prefix(side)`: before its names. `again`:
+    whether targets move and a second sync follows. `more` is for Rank.
+    """
+    model = oracle.Model(spec["model"])
+    ranks = [Rank(spec, rank, model, sources and sources.get(rank), **more) for rank in range(world)]
+    hub = next(hubs)
+    containers, comms = {}, {}
+    try:
+        for r in ranks:
+            r.preset = reshard.Preset(specs[r.rank] if specs else spec, r.rank)
+            unbound = r.check_describe()
+            check(not any(p["bound"] for p in unbound), "bound before it is bound")
+            r.bind(prefix or (lambda side: ""))
+            check(all(p["bound"] for p in r.check_describe() if p["required"]), "not bound")
+            comms[r.rank] = LoopbackComm(hub, r.rank, world)
+            containers[r.rank] = reshard.Container(r.preset, comms[r.rank], f"rank {r.rank}", TIMEOUT_MS)
+        stats = {}
+
+        def sync(rank, version):
+            stats[rank] = containers[rank].sync(version)["bytes"]
+
+        plans = [r.preset.describe(reshard.DESCRIBE_PLAN) for r in ranks] if check_plans else []
+        on_threads(range(world), lambda rank: containers[rank].connect())
+        on_threads(range(world), lambda rank: sync(rank, 1))
+        for r in ranks:
+            r.check_targets()
+        expected = {r.rank: r.expected_bytes() for r in ranks}
+        for rank in range(world):
+            for what, count in expected[rank].items():
+                check(stats[rank][what] == count, f"rank {rank}: {stats[rank][what]} bytes {what} instead of {count}")
+        total = sum(e["received"] for e in expected.values())
+        check(
+            sum(s["sent"] for s in stats.values()) == total,
+            "sent",
+            [s["sent"] for s in stats.values()],
+            "received",
+            total,
+        )
+        for rank, plan in enumerate(plans):
+            check_plan(plan, rank, expected[rank])
+            mine = containers[rank].describe(reshard.DESCRIBE_PLAN)
+            keys = ("rank", "sent", "received")
+            peers = [sorted(tuple(p[k] for k in keys) for p in x["peers"]) for x in (plan, mine)]
+            check(
+                "ranks_per_host" in spec or peers[0] == peers[1],
+                f"rank {rank}: planned alone",
+                peers[0],
+                "together",
+                peers[1],
+            )
+        if check_plans:
+            whole = ranks[0].preset.describe(reshard.DESCRIBE_WORLD)
+            check(
+                whole["bytes"]["received"] == whole["bytes"]["sent"] == total,
+                "the world's",
+                whole["bytes"],
+                "instead of",
+                total,
+            )
+        if again:
+            move_and_sync(ranks, containers, lambda rank: sync(rank, 2))
+    finally:
+        for container in containers.values():
+            container.close()
+        for comm in comms.values():
+            comm.close()
+        for r in ranks:
+            if r.preset:
+                r.preset.close()
+    return ranks
+
+
+def check_plan(plan, rank, expected):
+    """What a preset plans without asking anyone is what a sync then does."""
+    check(plan["rank"] == rank, "a plan of rank", plan["rank"])
+    said = plan["bytes"]
+    check(
+        said["received"] == expected["received"],
+        f"rank {rank}: a plan says {said} received instead of",
+        expected["received"],
+    )
+    check(
+        said["doubled"] == expected["doubled"],
+        f"rank {rank}: a plan says {said} doubled instead of",
+        expected["doubled"],
+    )
+    here = said["local"] + said.get("aliased", 0)
+    check(
+        here == expected["local"] + expected["aliased"],
+        f"rank {rank}: a plan says {said}, instead of local and aliased",
+        expected,
+    )
+    check(sum(p["received"] for p in plan["peers"]) == said["received"], f"rank {rank}: peers", plan["peers"])
+    check(sum(p["sent"] for p in plan["peers"]) == said["sent"], f"rank {rank}: peers", plan["peers"])
+
+
+def move_and_sync(ranks, containers, sync):
+    """Targets move: bound anew, and the container is bound to the preset again. The former memory stays as it was."""
+    former = []
+    for r in ranks:
+        former += [(array, array.copy()) for key, array in r.memory["target"].items() if key not in r.shared]
+        r.new_targets()
+        r.bind()
+        reshard._check(reshard._lib.rs_container_rebind(containers[r.rank]._handle, None, r.preset._handle))
+    for array, _ in former:
+        array[...] = POISON
+    on_threads(range(len(ranks)), sync)
+    for r in ranks:
+        r.check_targets()
+    check(all((array == POISON).all() for array, _ in former), "a target that had moved was written")
