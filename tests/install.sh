@@ -44,6 +44,15 @@ runs() {
 # What rs_version() must say: a byte each.
 rs_version() { IFS=. read -r major minor patch <<<"$version"; echo $((major << 16 | minor << 8 | patch)); }
 
+# example FOLDER NAME MARK OUTPUT: README.md prints cpp_examples/NAME.cpp, whose first line is the command that builds it.
+example() {
+    local at=$1/$2 name=$2
+    mkdir "$at" && readme "$3" >"$at/$name.cpp"
+    diff "$root/cpp_examples/$name.cpp" "$at/$name.cpp" || fail "README.md and cpp_examples/$name.cpp differ"
+    (cd "$at" && sed -n '1s,^// ,,p' "$name.cpp" | sed "s,\$, -Wall -Wextra -Wpedantic -Werror -o $name," >build.sh && bash -euxo pipefail build.sh)
+    same "$name.cpp" "$4" "$(LD_LIBRARY_PATH=$lib "$at/$name")"
+}
+
 # use PREFIX LIBDIR [CMAKE_ARGUMENT]: everything that a user of the installed package does.
 use() {
     local prefix=$1 libdir=$2 hint=${3:-} lib=$1/$2 at
@@ -69,11 +78,8 @@ use() {
     cmake --build "$at/cmake/build"
     runs "$at/cmake/build" "$prefix" "$libdir"
 
-    mkdir "$at/cpp" && readme cpp >"$at/cpp/minimal.cpp"
-    diff "$root/cpp_examples/minimal.cpp" "$at/cpp/minimal.cpp" || fail "README.md and cpp_examples/minimal.cpp differ"
-    # Its first line is the command that builds it.
-    (cd "$at/cpp" && sed -n '1s,^// ,,p' minimal.cpp | sed 's,$, -Wall -Wextra -Wpedantic -Werror -o minimal,' >build.sh && bash -euxo pipefail build.sh)
-    same "minimal.cpp" "1 4 2 5 3 6 " "$(LD_LIBRARY_PATH=$lib "$at/cpp/minimal")"
+    example "$at" world "cpp world" "1 1 1 2 2 2 1 1 1 2 2 2 "
+    example "$at" minimal cpp "1 4 2 5 3 6 "
     ok "pkg-config, CMake, by hand and the README's C++ build against $prefix ($libdir)"
 }
 

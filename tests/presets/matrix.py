@@ -1,4 +1,4 @@
-"""Megatron-core's own model-swap matrix (peers.md), dense part, in real processes: one process a rank, over rs_comm_local.
+"""Megatron-core's own model-swap matrix, dense part, in real processes: one process a rank, over rs_comm_local.
 
 Both jobs are on the same ranks, as in Megatron's test, and every case runs a second time from the "local" to the TE layer spec. A
 process that has not ended in time is a failure, and is ended.

@@ -1,6 +1,6 @@
 """What every rank of a world spec holds, element by element: the preset's oracle.
 
-Works like an engineer who follows layouts.md: takes whole Hugging Face tensors and joins, reshapes and slices them. Knows no boxes and no
+Works like an engineer who reads the frameworks' code: takes whole Hugging Face tensors and joins, reshapes and slices them. Knows no boxes and no
 strides, and must not read the library's presets: that the two agree is the test.
 
 Every parameter is an array of element numbers: which element of which Hugging Face tensor lies there, -1 where it is padding. Values,

@@ -1,4 +1,4 @@
-"""Published jobs at their real numbers of ranks, heads, layers and rows: MindSpeed-RL's configurations (layouts.md 6.6) and others.
+"""Published jobs at their real numbers of ranks, heads, layers and rows: those of MindSpeed-RL's examples and others.
 
 Plans without peers and without memory: names, shapes and bytes of some ranks against the oracle, and the world's sums. The hidden size
 is 1, which no cut depends on, so that numpy can count every element; Qwen2.5 is cut as Llama is, for vLLM's Qwen2 has no head_dim of

@@ -1,4 +1,4 @@
-"""The worked examples of layouts.md (sections 3.4, 3.6, 4.6, 7.2 and 8): of the oracle, and of the library where it shows them.
+"""Worked examples, small enough to follow by hand: of the oracle, and of the library where it shows them.
 
 vectors.py [--oracle]: only the oracle, in numpy alone.
 """
@@ -65,7 +65,7 @@ PLACEMENTS = [
     (61, {PP: 8, "num_layer_list": "7,7,8,8,8,8,8,7"},
      {(p, 0): (at, n) for p, at, n in zip(range(8), (0, 7, 14, 22, 30, 38, 46, 54), (7, 7, 8, 8, 8, 8, 8, 7))}),
     (4, {PP: 2, "pipeline_model_parallel_layout": "Et|tt|t|L"}, {(0, 0): (0, 1), (0, 1): (3, 1), (1, 0): (1, 2), (1, 1): (4, 0)}),
-    # The 61 layers of layouts.md 3.6, without its MTP layer.
+    # 61 layers on 32 entries, two to most of them.
     (61, {PP: 16, "pipeline_model_parallel_layout": "Et*3|(tt|)*29,|L"},
      {(0, 0): (0, 3), (1, 0): (3, 2), (15, 0): (31, 2), (0, 1): (33, 2), (13, 1): (59, 2), (14, 1): (61, 0), (15, 1): (61, 0)}),
 ]  # fmt: skip
