@@ -96,6 +96,17 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
             model.kv_heads
         );
     }
+    if (model.heads + 2 * model.kv_heads) * model.head_dim % tp != 0 {
+        bail!(
+            RS_ERR_UNSUPPORTED,
+            "tensor_model_parallel_size {tp}: Megatron wants it to divide the {} rows of linear_qkv, (num_attention_heads {} + 2 * \
+             num_query_groups {}) * head_dim {}",
+            (model.heads + 2 * model.kv_heads) * model.head_dim,
+            model.heads,
+            model.kv_heads,
+            model.head_dim
+        );
+    }
     let padded = padded(model, o, tp)?;
     let chunks = Placement {
         layers: model.layers,

@@ -64,6 +64,7 @@ SPECS = [
     (spec(M(4, **{TP: 4}), model=sized(intermediate_size=22)), "intermediate_size"),
     (spec(M(6, **{TP: 6}), model=sized(num_attention_heads=12)), ("num_key_value_heads", "num_query_groups")),
     (spec(M(3, **{TP: 3}), model=sized(num_attention_heads=6, num_key_value_heads=2)), ("num_key_value_heads", "num_query_groups")),
+    (spec(M(18, **{TP: 18}), model=sized(num_attention_heads=36, num_key_value_heads=6, head_dim=4, intermediate_size=36)), "linear_qkv"),
     (spec(M(3, **{PP: 3})), (PP, "num_hidden_layers")),
     (spec(M(2, **{PP: 2, LIST: "1,2"})), LIST),
     (spec(M(2, **{PP: 2, LIST: "1,1,2"})), LIST),
