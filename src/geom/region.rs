@@ -73,9 +73,11 @@ impl Region {
         }
     }
 
-    /// The `part`-th of `parts` nearly equal pieces along `axis`; `None` where it is empty.
-    pub fn split(&self, axis: usize, part: u64, parts: u64) -> Option<Region> {
-        let at = |i: u64| (u128::from(self.len[axis]) * u128::from(i) / u128::from(parts)) as u64;
+    /// The `part`-th of `parts` nearly equal pieces along `axis`, cut at multiples of `grain`; `None` where it is empty.
+    pub fn split(&self, axis: usize, part: u64, parts: u64, grain: u64) -> Option<Region> {
+        let len = self.len[axis];
+        let even = |i: u64| (u128::from(len) * u128::from(i) / u128::from(parts)) as u64;
+        let at = |i: u64| if i == parts { len } else { even(i) / grain * grain };
         let (from, to) = (at(part), at(part + 1));
         (from < to).then(|| {
             let mut out = self.clone();
@@ -194,7 +196,7 @@ mod tests {
     #[test]
     fn splits_cover_in_order() {
         let r = Region { lo: smallvec![5, 1], len: smallvec![7, 3] };
-        let parts: Vec<_> = (0..10).filter_map(|i| r.split(0, i, 10)).collect();
+        let parts: Vec<_> = (0..10).filter_map(|i| r.split(0, i, 10, 1)).collect();
         assert_eq!(parts.len(), 7);
         let mut next = 5;
         for p in parts {

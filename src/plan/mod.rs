@@ -25,7 +25,7 @@ use smallvec::SmallVec;
 
 /// Number of the rules in this module. Changes with any change of moves or of their order, so that ranks with different rules never
 /// plan together.
-pub const PLANNER_VERSION: u16 = 1;
+pub const PLANNER_VERSION: u16 = 2;
 
 /// Where a rank lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

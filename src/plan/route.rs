@@ -21,6 +21,9 @@ use std::rc::Rc;
 /// A box of this many bytes is worth a sender of its own.
 const SHARE: u64 = 256 << 10;
 
+/// Long rows are cut at multiples of so many elements.
+const GRAIN: u64 = 128;
+
 /// How a tensor, or many that lie alike, lies on all ranks. Holders are sorted by class.
 #[derive(Clone, Debug, Default)]
 pub struct TensorFacts<'a> {
@@ -251,6 +254,9 @@ impl<'p> Router<'p> {
                 let n = group.near.len() as u64;
                 let c = (bytes / SHARE).clamp(1, n);
                 let axis = cut_axis(&share.region, c);
+                // Rows are cut where copies stay aligned, if they are so long that the parts stay even.
+                let rows = axis + 1 == share.region.len.len();
+                let grain = if rows && share.region.len[axis] >= 64 * GRAIN * c { GRAIN } else { 1 };
                 let place = self.me.and_then(|me| group.near.binary_search_by_key(&me, |o| o.0).ok());
                 for (q, need) in group.needs.iter().enumerate() {
                     let first = (u64::from(ordinal) + c * q as u64) % n;
@@ -265,7 +271,7 @@ impl<'p> Router<'p> {
                     };
                     for i in parts {
                         let owner = group.near[((first + i) % n) as usize];
-                        let Some(part) = share.region.split(axis, i, c) else { continue };
+                        let Some(part) = share.region.split(axis, i, c, grain) else { continue };
                         let from = (owner.0, &geometry.sources[share.owners[owner.1 as usize] as usize]);
                         let to = (need.0, &geometry.targets[share.needs[need.1 as usize] as usize]);
                         found(Sent { part, from, to, tier: group.tier })?;

@@ -144,6 +144,29 @@ fn large_boxes_are_cut_over_replicas_in_turn() {
 }
 
 #[test]
+fn small_boxes_go_round_the_replicas() {
+    // 64 tensors too small to be cut, on 4 sources and 2 targets: which replica sends turns with the tensor and with the target.
+    let tensors: Vec<Tensor> = (0..64).map(|i| Tensor { name: format!("w{i:02}"), shape: vec![100], elements: 100 }).collect();
+    let whole = |role| Table {
+        tensors: tensors.clone(),
+        buffers: vec![TableBuffer { name: "p".into(), role, dtype: (4, 16) }],
+        tiles: (0..64)
+            .map(|tensor| {
+                let axes = [Axis { extent: 100, key: 1, val: 1 }].into_iter().collect();
+                Tile { tensor, buffer: 0, pattern: Pattern { key: 0, val: u64::from(tensor) * 100, axes } }
+            })
+            .collect(),
+    };
+    let tables: Vec<Table> = [1, 1, 1, 1, 2, 2].map(whole).into();
+    let places = [Place { host: 1, device: [0, 0] }; 6];
+    for source in 0..4 {
+        let plan = plan(source, &places, &facts(source, &tables, &classes(6)).unwrap().1).unwrap();
+        let sent: Vec<(u32, usize)> = plan.peers.iter().map(|p| (p.rank, p.out.len())).collect();
+        assert_eq!(sent, [(4, 16), (5, 16)], "source {source}");
+    }
+}
+
+#[test]
 fn ten_thousand_tiles_of_one_tensor() {
     // Row by row on both sides: looked at pair by pair this would take many seconds.
     const N: u64 = 10_000;
