@@ -111,8 +111,81 @@ fn measure(spec: &str, rank: u32, places: &[Place]) -> (f64, usize, usize) {
     runs[runs.len() / 2]
 }
 
+const DEEPSEEK_V3: &str = r#"{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048, "intermediate_size": 18432,
+    "first_k_dense_replace": 3, "vocab_size": 129280}"#;
+
+/// Name, spec, and two ranks with what they are.
+type ExpertJob = (&'static str, String, [(&'static str, u32); 2]);
+
+fn expert_jobs() -> Vec<ExpertJob> {
+    let kimi = DEEPSEEK_V3
+        .replace("\"num_attention_heads\": 128", "\"num_attention_heads\": 64")
+        .replace("\"n_routed_experts\": 256", "\"n_routed_experts\": 384")
+        .replace("\"first_k_dense_replace\": 3", "\"first_k_dense_replace\": 1")
+        .replace("\"vocab_size\": 129280", "\"vocab_size\": 163840");
+    let megatron = |ranks: u32, tp: u32, ep: u32| {
+        format!(
+            r#""framework": "megatron", "ranks": "0-{}", "tensor_model_parallel_size": {tp}, "pipeline_model_parallel_size": 16,
+                "expert_model_parallel_size": {ep}, "expert_tensor_parallel_size": 1, "moe_grouped_gemm": true,
+                "num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2"#,
+            ranks - 1
+        )
+    };
+    let vllm = |ranks: &str, tp: u32, dp: u32, replicas: u32| {
+        format!(
+            r#""framework": "vllm", "ranks": "{ranks}", "tensor_parallel_size": {tp}, "data_parallel_size": {dp},
+                "replicas": {replicas}, "enable_expert_parallel": true"#
+        )
+    };
+    let spec = |model: &str, source: String, target: String| {
+        format!(r#"{{"model": {model}, "source": {{{source}}}, "target": {{{target}}}}}"#)
+    };
+    // Each layer's 256 experts and 32 more of them, in an order of its own.
+    let map = |layer: u64| {
+        let mut random = fastrand::Rng::with_seed(layer);
+        let mut slots: Vec<u64> = (0..256).chain((0..32).map(|_| random.u64(0..256))).collect();
+        random.shuffle(&mut slots);
+        format!("{slots:?}")
+    };
+    let maps = (0..58).map(map).collect::<Vec<_>>().join(", ");
+    let mindspeed = r#""framework": "megatron", "ranks": "0-255", "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 8,
+        "expert_model_parallel_size": 8, "moe_tp_extend_ep": true, "transformer_impl": "local", "num_layer_list": "7,7,8,8,8,8,8,7""#;
+    vec![
+        (
+            "DeepSeek-V3, 1024 (TP 8 PP 16 EP 64) -> 4 x (TP 8 DP 32, EP 256) on the same",
+            spec(DEEPSEEK_V3, megatron(1024, 8, 64), vllm("0-1023", 8, 32, 4)),
+            [("first stage", 0), ("middle", 500)],
+        ),
+        (
+            "DeepSeek-V3, 256 (TP 1 PP 16 EP 16) -> 32 others (TP 8 DP 4, EP 32)",
+            spec(DEEPSEEK_V3, megatron(256, 1, 16), vllm("256-287", 8, 4, 1)),
+            [("trainer", 100), ("engine", 270)],
+        ),
+        (
+            "Kimi-K2, 16,384 (TP 8 PP 16 EP 64) -> 64 x (TP 8 DP 8, EP 64) on 4,096 of them",
+            spec(&kimi, megatron(16384, 8, 64), vllm("0-4095", 8, 8, 64)),
+            [("both", 3000), ("trainer only", 5000)],
+        ),
+        (
+            "DeepSeek-V3, 256 (TP 4 PP 8 EP 8, extended) -> 8 x (TP 4 DP 8, EP 32) on the same, 288 slots by a map",
+            spec(DEEPSEEK_V3, mindspeed.into(), format!("{}, \"physical_to_logical_map\": [{maps}]", vllm("0-255", 4, 8, 8))),
+            [("first stage", 0), ("middle", 100)],
+        ),
+    ]
+}
+
 fn main() {
-    println!("| ranks | trainer | engines | rank | plan | memory | moves |\n|---|---|---|---|---|---|---|");
+    println!("| experts | rank | plan | memory | moves |\n|---|---|---|---|---|");
+    for (name, spec, ranks) in expert_jobs() {
+        let places = places(World::new(&spec).expect("a spec").ranks(), Some(8));
+        for (side, rank) in ranks {
+            let (seconds, bytes, pieces) = measure(&spec, rank, &places);
+            println!("| {name} | {side} | {:.1} ms | {:.1} MiB | {pieces} |", seconds * 1e3, bytes as f64 / 1048576.0);
+        }
+    }
+    println!("\n| ranks | trainer | engines | rank | plan | memory | moves |\n|---|---|---|---|---|---|---|");
     let mut points = vec![];
     for job in &JOBS {
         let (sources, targets) = (job.tp * job.pp * job.dp, job.engines * job.engine_tp);

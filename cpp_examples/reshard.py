@@ -235,10 +235,11 @@ class Container:
     def connect(self):
         _check(_lib.rs_container_connect(self._handle))
 
-    def sync(self, version, progress=lambda done, total: None):
-        """Takes part in moving version `version`; what rs_container_describe() says about it."""
+    def sync(self, version, progress=lambda done, total: None, only=()):
+        """Takes part in moving version `version`, or only those tensors of it; what rs_container_describe() says about it."""
         callback = Progress(lambda user, done, total: progress(done, total))
-        request = _sized(SyncStruct, version=version, progress=callback)
+        names = (c.c_char_p * len(only))(*(name.encode() for name in only))
+        request = _sized(SyncStruct, version=version, progress=callback, only=names, only_count=len(only))
         _check(_lib.rs_sync_weights(self._handle, c.byref(request)))
         return self.describe(DESCRIBE_STATS)
 

@@ -43,7 +43,7 @@ void run(int rank) {
   }
   auto comm = reshard::Comm::loopback(1, rank, 3);  // threads; Comm::local connects processes
   reshard::Container weights(reshard::config(comm), preset);
-  weights.connect();  // plans, once; the ranks compare their specs and exchange nothing else
+  weights.connect();  // plans, once; the ranks compare their specs, no tables go around
   weights.sync(1);    // moves version 1, and again whenever the trainer has new weights
   if (rank == 2)      // rows of gate, then of up, each from both ranks
     for (size_t row = 0; row < 12; row++) std::printf("%g ", memory["model.layers.0.mlp.gate_up_proj.weight"][4 * row]);

@@ -591,7 +591,7 @@ typedef struct rs_bind_t {
     void *data;
     /** As in the buffer table. */
     uint64_t size_bytes;
-    /** DLPack device type. */
+    /** DLPack device type, RS_DEVICE_CPU for host memory. */
     int32_t device_type;
     /** DLPack device id. */
     int32_t device_id;
@@ -774,21 +774,33 @@ void rs_container_destroy(rs_container_t *container);
  *  "ranks_per_host": 8, "link_gb_per_s": {"same_host": 100, "network": 25}, "ignore": ["*.rotary_emb.inv_freq"]}
  * ```
  *
- * `model` is the model's own config.json: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM. `ranks` are ranks
- * of the communicator, in the framework's own order, as text or as a list; both sides may have the same. Either side may be any
- * framework. Members bear the framework's own names and have its defaults:
+ * `model` is the model's own config.json: Llama, Mistral, Qwen2 and Qwen3 (...ForCausalLM), with experts Mixtral, Qwen2Moe, Qwen3Moe,
+ * DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both sides may
+ * have the same. Either side may be any framework. Members bear the framework's own names and have its defaults:
  *
  * - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
  *   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
  *   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
  *   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
- *   params_dtype; MindSpeed's num_layer_list and noop_layers.
- * - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, vocab_padding_size, dtype;
- *   replicas: independent engines, each an equal run of `ranks`.
+ *   params_dtype, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm, moe_use_legacy_grouped_gemm; MindSpeed's
+ *   num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method ("dualpipev"). Ours: mla_down_proj_cut, whether
+ *   MLA's down projections are cut (default: with local layers), and mla_weights, whose names MLA has ("core", "mindspeed",
+ *   "mindspeed_qb"). data_parallel_size follows from the ranks.
+ * - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, vocab_padding_size, dtype,
+ *   enable_expert_parallel, expert_placement_strategy. Ours: replicas, independent engines, each an equal block of `ranks`;
+ *   physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13 and w2 lie after
+ *   loading, "stacked", "stacked_swapped" (up before gate) or "stacked_transposed" (vllm-ascend).
  * - hf: whole Hugging Face tensors on each rank; dtype.
  *
  * The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
  * is for rs_preset_bind().
+ *
+ * ```c
+ * rs_preset_create(spec, rank, &preset);
+ * rs_preset_bind(preset, &bind);                       // for each of this rank's parameters
+ * config.preset = preset;
+ * rs_container_create(&config, NULL, &container);      // then connect and sync as with tables
+ * ```
  *
  * - spec_json: read, not kept. Equal in meaning on all ranks: connect compares.
  * - rank: this process's rank of the communicator; it need not play a part.
@@ -807,7 +819,7 @@ rs_status_t rs_preset_create(const char *spec_json, int32_t rank, rs_preset_t **
  *
  * Local; one thread at a time. Errors: RS_ERR_NOT_FOUND (no such parameter on this rank: tells the nearest names; or add it to the
  * spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than the
- * spec says: tells both), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
+ * spec says: tells both), RS_ERR_UNSUPPORTED (LoRA's parameters), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
  */
 rs_status_t rs_preset_bind(rs_preset_t *preset, const rs_bind_t *bind);
 
@@ -825,9 +837,16 @@ rs_status_t rs_preset_layout(const rs_preset_t *preset, rs_layout_t *out);
 /**
  * Tells about the spec, as JSON, without any other rank. Readers skip members that they do not know: more may come.
  *
- * - what: RS_DESCRIBE_LAYOUT: this rank's parameters, and which are bound. RS_DESCRIBE_PLAN: what this rank sends and receives in a
- *   sync. RS_DESCRIBE_WORLD: what all ranks do (bytes by stages and distance, the busiest rank, rounds, staging; seconds if the spec
- *   has link_gb_per_s). Hosts are runs of `ranks_per_host` ranks; without it, all ranks are on one.
+ * Hosts are runs of `ranks_per_host` ranks; without it, all ranks are on one. All sizes are in bytes.
+ *
+ * - what: RS_DESCRIBE_LAYOUT, this rank's parameters: {"rank", "params": [{"role", "chunk", "name", "shape", "dtype", "bound",
+ *   "required" (false: it may be bound and is not used), "tensors" (logical tensors that it holds a part of)}]}.
+ *   RS_DESCRIBE_PLAN, what this rank does in a sync: {"rank", "world", "bytes": {"local", "doubled" (copied to a second place after it
+ *   arrived), "sent", "received"}, "peers": [{"rank", "sent", "received"}], "moves", "plan_seconds"}.
+ *   RS_DESCRIBE_WORLD, what all ranks do: {"parameters" (elements of the model), "ranks", "bytes": {"landed" (in all targets), "sent",
+ *   "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and "ingress": [{"stage", "ranks",
+ *   "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds" (of messages, one of each pair),
+ *   "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec has link_gb_per_s)}.
  * - buf, cap, len: as in rs_container_describe().
  *
  * Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no

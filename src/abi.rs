@@ -477,7 +477,7 @@ pub struct rs_bind_t {
     pub data: *mut c_void,
     /// As in the buffer table.
     pub size_bytes: u64,
-    /// DLPack device type.
+    /// DLPack device type, RS_DEVICE_CPU for host memory.
     pub device_type: i32,
     /// DLPack device id.
     pub device_id: i32,

@@ -68,7 +68,7 @@ pub struct TileRow {
 impl TileRow {
     /// What lies where, coalesced, for a tensor and a buffer with items of `item` bytes. The box lies in the tensor; whether it lies in
     /// the buffer, and nests there, is not looked at.
-    pub fn pattern(&self, tensor: &Tensor, item: u32) -> Result<Pattern> {
+    fn pattern(&self, tensor: &Tensor, item: u32) -> Result<Pattern> {
         let n = self.rank as usize;
         if n > RS_MAX_RANK {
             bail!(RS_ERR_INVALID, "rank is {n}, at most {RS_MAX_RANK} is possible");

@@ -8,14 +8,12 @@ use crate::comm::{Access, Comm, Deadline, Window};
 use crate::error::{Error, Result, bail, err};
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
+use crate::plan::rounds::LEAST_MESSAGE;
 use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
-
-/// Least bytes of a message: with less, staging is too small for so many peers.
-const LEAST_MESSAGE: u64 = 4096;
 
 /// Longest table of a rank in bytes: tens of millions of tiles.
 const LONGEST_TABLE: u64 = 1 << 30;
@@ -102,14 +100,6 @@ impl Container {
         let (me, world) = (comm.rank(), comm.world());
         if me >= world {
             bail!(RS_ERR_COMM, "the communicator says rank {me} of {world}");
-        }
-        if comm.pipe().is_some() && self.device.id().0 != RS_DEVICE_CPU {
-            bail!(
-                RS_ERR_UNSUPPORTED,
-                "communicator '{}' moves host memory only, the device is '{}'",
-                comm.name(),
-                self.device.name()
-            );
         }
         // With a world spec nobody needs to be told.
         let own = if self.spec.is_some() { None } else { Some(Table::of(&self.layout)) };

@@ -18,7 +18,10 @@ impl Container {
             (RS_DESCRIBE_STATS, None) => self.describe_stats(),
             (RS_DESCRIBE_LAYOUT, None) => self.describe_layout(),
             (RS_DESCRIBE_STATS | RS_DESCRIBE_LAYOUT, Some(_)) => bail!(RS_ERR_INVALID, "param goes with RS_DESCRIBE_PLAN only"),
-            _ => bail!(RS_ERR_INVALID, "what is {what}; it must be one of RS_DESCRIBE_*"),
+            _ => bail!(
+                RS_ERR_INVALID,
+                "what is {what}; a container tells RS_DESCRIBE_PLAN, RS_DESCRIBE_STATS and RS_DESCRIBE_LAYOUT"
+            ),
         };
         Ok(value.to_string())
     }

@@ -158,7 +158,8 @@ impl Container {
 
     /// Sets the state of the buffers that hold chosen tensors only. Sources are never torn: a sync does not write them.
     fn mark(&mut self, c: &Connected, subset: Option<&[bool]>, state: u32, version: u64) {
-        let mut whole = vec![None; self.params.len()];
+        // A parameter without tiles holds padding only: it is whole when everything is.
+        let mut whole = vec![subset.is_none().then_some(true); self.params.len()];
         for tile in self.layout.tiles() {
             let inside = subset.is_none_or(|s| s[c.ordinals[tile.tensor as usize] as usize]);
             let known = &mut whole[tile.buffer as usize];

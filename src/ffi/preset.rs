@@ -7,6 +7,7 @@ use crate::error::{Result, bail, err};
 use crate::layout::Layout;
 use crate::plan::{Peer, Piece, closed, totals::totals};
 use crate::preset::bind::{Bind, Preset, Rows};
+use crate::preset::spec::MOST_RANKS;
 use crate::preset::world::World;
 use serde_json::json;
 use std::ffi::{CString, c_char};
@@ -29,7 +30,9 @@ impl PresetHandle {
     pub unsafe fn create(spec_json: *const c_char, rank: i32) -> Result<*mut rs_preset_t> {
         // SAFETY: this function's promise.
         let spec = unsafe { text(spec_json, "spec_json")? };
-        let Ok(rank) = u32::try_from(rank) else { bail!(RS_ERR_INVALID, "rank is {rank}; ranks count from 0") };
+        let Some(rank) = u32::try_from(rank).ok().filter(|&r| (r as usize) < MOST_RANKS) else {
+            bail!(RS_ERR_INVALID, "rank is {rank}; ranks are from 0 to {}", MOST_RANKS - 1)
+        };
         let preset = Preset::new(Arc::new(World::new(spec)?), rank);
         let handle = PresetHandle { inner: RwLock::new(preset), tables: Mutex::new(None) };
         Ok(Box::into_raw(Box::new(handle)).cast())

@@ -5,6 +5,7 @@ use super::owners::{Class, Holder};
 use super::route::{Geometry, Router, Tensor, TensorFacts};
 use super::{Place, Plan};
 use crate::error::Result;
+use crate::preset::model::Id;
 use crate::preset::world::{Likeness, World};
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -28,13 +29,13 @@ impl<'w> Alike<'w> {
     }
 
     /// Facts and geometry of a tensor; `name` is for errors.
-    pub fn of(&mut self, kind: usize, layer: u64, name: &str) -> Result<Rc<(TensorFacts<'w>, Geometry)>> {
-        let like = self.world.likeness(kind, layer);
+    pub fn of(&mut self, id: Id, name: &str) -> Result<Rc<(TensorFacts<'w>, Geometry)>> {
+        let like = self.world.likeness(id);
         if let Some(known) = self.known.get(&like) {
             return Ok(known.clone());
         }
         let (facts, own) = self.facts(&like);
-        let geometry = Geometry::new(own, &facts, name, self.me.unwrap_or(0))?;
+        let geometry = Geometry::new(own, &facts, name, self.me)?;
         let made = Rc::new((facts, geometry));
         self.known.insert(like, made.clone());
         Ok(made)
@@ -43,7 +44,7 @@ impl<'w> Alike<'w> {
     /// Classes and holders, and the class of `me`.
     fn facts(&mut self, like: &Likeness) -> (TensorFacts<'w>, Option<u32>) {
         let world = self.world;
-        let mut facts = TensorFacts { shape: Cow::Borrowed(&world.model().kinds[like.0].shape), ..TensorFacts::default() };
+        let mut facts = TensorFacts { shape: Cow::Borrowed(world.shape(like)), ..TensorFacts::default() };
         let mut classes = vec![];
         let mut own = None;
         for (class, group) in (0..).zip(world.groups(like)) {
@@ -53,7 +54,7 @@ impl<'w> Alike<'w> {
                     class,
                     buffer: h.row,
                     base: h.place,
-                    dtype: world.sides()[side].parts.dtype,
+                    dtype: world.sides()[side].dtype(h.param),
                     param: &h.param.name,
                     pattern: h.pattern,
                 }));
@@ -82,12 +83,10 @@ pub fn plan(me: u32, places: &[Place], world: &World) -> Result<Plan> {
     let mut plan = Plan::default();
     let mut alike = Alike::new(world, Some(me));
     let mut router = Router::new(Some(me), places);
-    let mut name = String::new();
-    for (ordinal, kind, layer) in world.tensors_of(me) {
-        name.clear();
-        name.push_str(&world.model().name(kind, layer));
-        let known = alike.of(kind, layer, &name)?;
-        let rows = [0, 1].map(|side| world.rows(side, kind, layer));
+    for (ordinal, id) in world.tensors_of(me) {
+        let name = world.model().name(id);
+        let known = alike.of(id, &name)?;
+        let rows = [0, 1].map(|side| world.rows(side, id));
         router.plan(&known.0, &known.1, &Tensor { ordinal, name: &name, rows }, &mut plan)?;
     }
     plan.sort();

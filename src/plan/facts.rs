@@ -131,7 +131,7 @@ pub fn plan(me: u32, places: &[super::Place], known: &[Known<'_>]) -> Result<sup
     let mut plan = super::Plan::default();
     let mut router = Router::new(Some(me), places);
     for (tensor, facts) in known {
-        let geometry = Geometry::new(Some(me), facts, tensor.name, me)?;
+        let geometry = Geometry::new(Some(me), facts, tensor.name, Some(me))?;
         router.plan(facts, &geometry, tensor, &mut plan)?;
     }
     plan.sort();

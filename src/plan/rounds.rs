@@ -7,6 +7,9 @@ use smallvec::SmallVec;
 /// Bytes that may stay unused at the end of a message rather than be filled by a crumb.
 const CRUMB: u64 = 256;
 
+/// Least bytes of a message: with less, staging is too small for so many peers.
+pub const LEAST_MESSAGE: u64 = 4096;
+
 /// Pieces that travel together, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Message {

@@ -69,7 +69,7 @@ struct Share {
 
 impl Geometry {
     /// For class `me` of `facts`, or with `None` for all; `tensor` and `rank` are for errors.
-    pub fn new(me: Option<u32>, facts: &TensorFacts<'_>, tensor: &str, rank: u32) -> Result<Geometry> {
+    pub fn new(me: Option<u32>, facts: &TensorFacts<'_>, tensor: &str, rank: Option<u32>) -> Result<Geometry> {
         let holders = || facts.sources.iter().chain(&facts.targets);
         let radix = Radix::new(facts.shape.iter().product(), holders().flat_map(|h| h.pattern.axes.iter().map(|a| a.key)));
         let sources = held(tensor, &facts.sources, &radix)?;
@@ -86,7 +86,8 @@ impl Geometry {
             if let Some(hole) = missing.first() {
                 bail!(
                     RS_ERR_COVERAGE,
-                    "rank {rank}, target '{}': {} of '{tensor}' has no source on any rank",
+                    "rank {}, target '{}': {} of '{tensor}' has no source on any rank",
+                    rank.unwrap_or(facts.classes[targets[*t].class as usize].ranks[0]),
                     facts.targets[targets[*t].holder as usize].param,
                     shown(&radix.pattern(hole), &facts.shape)
                 );

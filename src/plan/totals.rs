@@ -3,6 +3,7 @@
 
 use super::Place;
 use super::closed::Alike;
+use super::rounds::LEAST_MESSAGE;
 use super::route::Router;
 use crate::error::Result;
 use crate::preset::spec::Links;
@@ -32,9 +33,8 @@ pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links
     let mut sums = Sums { traffic: vec![[[0; 2]; 2]; places.len()], ..Sums::default() };
     let mut alike = Alike::new(world, None);
     let mut router = Router::new(None, places);
-    for (ordinal, (kind, layer)) in (0..).zip(world.model().all()) {
-        let name = world.model().name(kind, layer);
-        let known = alike.of(kind, layer, &name)?;
+    for (ordinal, id) in (0..).zip(world.model().all()) {
+        let known = alike.of(id, &world.model().name(id))?;
         let (facts, geometry) = &*known;
         for t in &facts.targets {
             let ranks = facts.classes[t.class as usize].ranks.len() as u64;
@@ -57,7 +57,7 @@ pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links
 
 impl Sums {
     fn report(&self, world: &World, staging: u64, links: Option<Links>) -> Value {
-        let stage = |side: usize, rank: u32| world.sides()[side].coords(rank).map_or(0, |c| c.0);
+        let stage = |side: usize, rank: u32| world.sides()[side].stage(rank).unwrap_or(0);
         let mut by_stage: BTreeMap<(u64, u64, u8), (u64, u64)> = BTreeMap::new();
         let mut peers: Vec<Vec<u32>> = vec![vec![]; self.traffic.len()];
         for (&(from, to), pair) in &self.pairs {
@@ -77,9 +77,11 @@ impl Sums {
             list.len() as u64
         };
         let peers = peers.iter_mut().map(distinct).max().unwrap_or(0);
-        let message = (staging / (4 * peers.max(1)) / 256 * 256).max(256);
+        // With less, connect would ask for more staging.
+        let message = (staging / (4 * peers.max(1)) / 256 * 256).max(LEAST_MESSAGE);
         let (rounds, figure) = self.rounds(message);
         let mut out = json!({
+            "parameters": world.model().parameters(),
             "ranks": self.traffic.len(),
             "bytes": {"landed": self.landed, "sent": self.total(), "received": self.total()},
             "pairs": by_stage.iter().map(pair).collect::<Vec<_>>(),
@@ -109,7 +111,7 @@ impl Sums {
     fn balance(&self, world: &World, way: usize) -> Vec<Value> {
         let mut stages: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         for (rank, t) in (0..).zip(&self.traffic) {
-            if let Some((stage, _)) = world.sides()[way].coords(rank) {
+            if let Some(stage) = world.sides()[way].stage(rank) {
                 stages.entry(stage).or_default().push(t[0][way] + t[1][way]);
             }
         }
@@ -124,17 +126,20 @@ impl Sums {
     fn rounds(&self, message: u64) -> (u64, f64) {
         let mut left: Vec<(u32, u32, u64)> = self.pairs.iter().map(|(&(from, to), p)| (from, to, p.bytes)).collect();
         let (mut rounds, mut sum) = (0, 0);
+        let mut now = vec![[0; 2]; self.traffic.len()];
         while !left.is_empty() {
-            let mut now = vec![[0; 2]; self.traffic.len()];
+            // As many rounds as all pairs have whole messages for are alike; then one with what is less.
+            let times = left.iter().map(|l| l.2 / message).min().unwrap_or(0).max(1);
+            now.fill([0; 2]);
             for (from, to, bytes) in &mut left {
                 let moved = message.min(*bytes);
                 now[*from as usize][0] += moved;
                 now[*to as usize][1] += moved;
-                *bytes -= moved;
+                *bytes -= moved.saturating_mul(times).min(*bytes);
             }
             left.retain(|l| l.2 > 0);
-            sum += now.iter().map(|n| n[0].max(n[1])).max().unwrap_or(0);
-            rounds += 1;
+            sum += now.iter().map(|n| n[0].max(n[1])).max().unwrap_or(0) * times;
+            rounds += times;
         }
         let busiest = self.traffic.iter().map(|t| (t[0][0] + t[1][0]).max(t[0][1] + t[1][1])).max().unwrap_or(0);
         (rounds, if busiest == 0 { 1.0 } else { sum as f64 / busiest as f64 })

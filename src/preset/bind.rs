@@ -1,11 +1,14 @@
 //! One rank's parameters and their memory: from names that a framework uses to the rows of tables.
 #![forbid(unsafe_code)]
 
+use super::side::{Param, Slot};
 use super::world::World;
 use crate::abi::*;
 use crate::error::{Result, bail};
+use crate::geom::Pattern;
 use crate::layout::{BufferRow, TensorRow, TileRow};
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -16,6 +19,7 @@ struct Expected {
     name: String,
     shape: Vec<i64>,
     padded: bool,
+    dtype: rs_dtype_t,
     /// Whether a plan uses it; see [`super::side::Unused`].
     used: bool,
     /// Logical tensors that it holds a part of.
@@ -91,15 +95,17 @@ impl Preset {
         let signed = |shape: &[u64]| shape.iter().map(|&n| n as i64).collect();
         let mut unused = vec![];
         for (side, s) in world.sides().into_iter().enumerate() {
-            let Some((stage, shard)) = s.coords(rank) else { continue };
-            expected.extend(s.params(stage, shard).map(|(slot, param)| Expected {
+            let Some(stage) = s.stage(rank) else { continue };
+            let dtype = |(code, bits): (u8, u8)| rs_dtype_t { code, bits, lanes: 1 };
+            expected.extend(s.params(rank).map(|(slot, param)| Expected {
                 side,
                 chunk: slot.chunk,
                 name: format!("{}{}", slot.prefix, param.name),
                 shape: signed(&param.shape),
                 padded: param.padded,
+                dtype: dtype(s.dtype(param)),
                 used: true,
-                tensors: tensors(&world, slot.layer, param.cuts.iter().map(|c| c.kind)),
+                tensors: tensors(&world, slot, param),
                 memory: None,
             }));
             unused.extend(s.parts.unused.iter().filter(|u| u.stage == stage).map(|u| Expected {
@@ -108,6 +114,7 @@ impl Preset {
                 name: u.name.clone(),
                 shape: signed(&u.shape),
                 padded: true,
+                dtype: dtype(s.parts.dtype),
                 used: false,
                 tensors: vec![],
                 memory: None,
@@ -138,6 +145,13 @@ impl Preset {
         if found.iter().all(Option::is_none) && self.world.spec.ignore.iter().any(|p| matches(p.as_bytes(), b.name.as_bytes())) {
             return Ok(());
         }
+        if let Some(mark) = ["lora_A", "lora_B", ".base_layer."].iter().find(|mark| b.name.contains(**mark)) {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "'{}': LoRA's parameters ({mark}) are not built: merge the adapter into the weights, and bind these",
+                b.name
+            );
+        }
         for (side, at) in sides.zip(&found) {
             match at {
                 Some(at) => self.check(&self.expected[*at], b)?,
@@ -152,13 +166,15 @@ impl Preset {
     }
 
     fn find(&self, side: usize, b: &Bind<'_>) -> Option<usize> {
-        self.index.get(&(side, b.chunk, self.bare(side, b.name).to_string())).copied()
+        self.index.get(&(side, b.chunk, self.bare(side, b.name).into_owned())).copied()
     }
 
-    /// A name without what wrappers put before it.
-    fn bare<'a>(&self, side: usize, name: &'a str) -> &'a str {
-        let strip = self.world.sides()[side].parts.strip;
-        if strip.is_empty() { name } else { name.trim_start_matches(strip) }
+    /// A name without what wrappers put before it, as this version has it.
+    fn bare<'a>(&self, side: usize, name: &'a str) -> Cow<'a, str> {
+        let parts = &self.world.sides()[side].parts;
+        let name = if parts.strip.is_empty() { name } else { name.trim_start_matches(parts.strip) };
+        let renamed = parts.renamed.iter().find_map(|(other, here)| Some(format!("{}{here}", name.strip_suffix(other)?)));
+        renamed.map_or(Cow::Borrowed(name), Cow::Owned)
     }
 
     fn unknown(&self, side: usize, b: &Bind<'_>) -> Result<()> {
@@ -171,14 +187,14 @@ impl Preset {
         if !chunks.is_empty() {
             bail!(RS_ERR_NOT_FOUND, "{role} '{name}' is in model_chunk {chunks:?} of rank {}, not in {}", self.rank, b.chunk);
         }
-        let mut near: Vec<(usize, &str)> = own().map(|e| (strsim::levenshtein(&e.name, name), e.name.as_str())).collect();
+        let mut near: Vec<(usize, &str)> = own().map(|e| (strsim::levenshtein(&e.name, &name), e.name.as_str())).collect();
         near.sort_unstable();
         near.dedup();
         let near: Vec<&str> = near.into_iter().take(3).map(|n| n.1).collect();
         bail!(
             RS_ERR_NOT_FOUND,
-            "rank {} has no {role} parameter '{name}' in the spec; the nearest names are {near:?}; what has no logical tensor belongs in \
-             the spec's `ignore`",
+            "rank {} has no {role} parameter '{name}' in the spec; the nearest names are {near:?}; if it is memory that no \
+             checkpoint has, add it to the spec's `ignore`",
             self.rank
         );
     }
@@ -199,7 +215,7 @@ impl Preset {
                 );
             }
         }
-        let dtype = self.dtype(e.side);
+        let dtype = e.dtype;
         if (b.dtype.code, b.dtype.bits, b.dtype.lanes) != (dtype.code, dtype.bits, dtype.lanes) {
             bail!(
                 RS_ERR_LAYOUT,
@@ -216,15 +232,13 @@ impl Preset {
         if b.addr == 0 {
             bail!(RS_ERR_INVALID, "{role} '{}': data is NULL", e.name);
         }
+        if b.device_type == 0 {
+            bail!(RS_ERR_INVALID, "{role} '{}': device_type is 0; host memory is RS_DEVICE_CPU ({RS_DEVICE_CPU})", e.name);
+        }
         if b.bytes < bytes || b.addr.checked_add(b.bytes).is_none() {
             bail!(RS_ERR_LAYOUT, "{role} '{}': {} bytes at {:#x} do not hold its {bytes}", e.name, b.bytes, b.addr);
         }
         Ok(())
-    }
-
-    fn dtype(&self, side: usize) -> rs_dtype_t {
-        let (code, bits) = self.world.sides()[side].parts.dtype;
-        rs_dtype_t { code, bits, lanes: 1 }
     }
 
     /// The rank's tables; an error lists all that is not bound.
@@ -235,21 +249,19 @@ impl Preset {
         }
         let mut out = Rows::default();
         let mut rows: HashMap<u32, u32> = HashMap::new();
-        let tensors = self.world.tensors_of(self.rank);
-        for (ordinal, kind, layer) in tensors {
+        let model = self.world.model();
+        for (ordinal, id) in self.world.tensors_of(self.rank) {
             rows.insert(ordinal, out.tensors.len() as u32);
             out.ordinals.push(ordinal);
-            let shape = self.world.model().kinds[kind].shape.iter().map(|&n| n as i64).collect();
-            out.tensors.push(TensorRow { name: self.world.model().name(kind, layer), shape });
+            let shape = model.kinds[id.kind].shape.iter().map(|&n| n as i64).collect();
+            out.tensors.push(TensorRow { name: model.name(id), shape });
         }
         let mut bound = self.expected.iter().filter_map(|e| e.used.then_some((e, e.memory?)));
         for (side, s) in self.world.sides().into_iter().enumerate() {
-            let Some((stage, shard)) = s.coords(self.rank) else { continue };
-            for ((slot, param), (e, memory)) in s.params(stage, shard).zip(&mut bound) {
-                let dtype = self.dtype(side);
+            for ((slot, param), (e, memory)) in s.params(self.rank).zip(&mut bound) {
                 for cut in &param.cuts {
-                    let row = rows[&(self.world.model().ordinal(cut.kind, slot.layer) as u32)];
-                    let mut tile = cut.row(u64::from(dtype.bits / 8));
+                    let row = rows[&model.ordinal(self.world.id(cut.kind, slot.layer, cut.expert))];
+                    let mut tile = cut.row(u64::from(e.dtype.bits / 8));
                     (tile.tensor, tile.buffer) = (row, out.buffers.len() as u32);
                     out.tiles.push(tile);
                 }
@@ -262,7 +274,7 @@ impl Preset {
                     device_id: memory.device_id,
                     role: ROLES[side],
                     flags: if e.padded { RS_BUFFER_PADDED } else { 0 },
-                    dtype,
+                    dtype: e.dtype,
                     shape: e.shape.clone(),
                     strides: dense(&e.shape),
                 });
@@ -274,15 +286,14 @@ impl Preset {
     /// Bytes of logical elements that this rank's targets hold.
     pub fn target_bytes(&self) -> u64 {
         let side = self.world.sides()[1];
-        let Some((stage, shard)) = side.coords(self.rank) else { return 0 };
-        let elements: u64 = side.params(stage, shard).flat_map(|(_, p)| &p.patterns).map(crate::geom::Pattern::volume).sum();
-        elements * u64::from(side.parts.dtype.1 / 8)
+        let bytes = |p: &Param| p.patterns.iter().map(Pattern::volume).sum::<u64>() * u64::from(side.dtype(p).1 / 8);
+        side.params(self.rank).map(|(_, p)| bytes(p)).sum()
     }
 
     /// Every parameter that the spec says this rank has, as JSON.
     pub fn describe(&self) -> Value {
         let param = |e: &Expected| {
-            let dtype = self.dtype(e.side);
+            let dtype = e.dtype;
             json!({
                 "role": ROLES[e.side],
                 "chunk": e.chunk,
@@ -298,9 +309,10 @@ impl Preset {
     }
 }
 
-/// Names of the tensors of some kinds, each once.
-fn tensors(world: &World, layer: u64, kinds: impl Iterator<Item = usize>) -> Vec<String> {
-    let mut out: Vec<String> = kinds.map(|k| world.model().name(k, layer)).collect();
+/// Names of the tensors that a parameter holds a part of, each once.
+fn tensors(world: &World, slot: &Slot, param: &Param) -> Vec<String> {
+    let ids = param.cuts.iter().map(|c| world.id(c.kind, slot.layer, c.expert));
+    let mut out: Vec<String> = ids.map(|id| world.model().name(id)).collect();
     out.dedup();
     out
 }
@@ -317,9 +329,23 @@ fn dense(shape: &[i64]) -> Vec<i64> {
 
 /// Whether a name fits a pattern, in which `*` stands for any run of characters.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
-    let Some(star) = pattern.iter().position(|&c| c == b'*') else { return pattern == name };
-    let (head, tail) = (&pattern[..star], &pattern[star + 1..]);
-    name.starts_with(head) && (head.len()..=name.len()).any(|at| matches(tail, &name[at..]))
+    let (mut p, mut n) = (0, 0);
+    // The last star, and what it stands for so far: a mismatch lets it stand for one more.
+    let mut star: Option<(usize, usize)> = None;
+    while n < name.len() {
+        if pattern.get(p) == Some(&b'*') {
+            star = Some((p, n));
+            p += 1;
+        } else if pattern.get(p) == Some(&name[n]) {
+            (p, n) = (p + 1, n + 1);
+        } else if let Some((at, end)) = star {
+            star = Some((at, end + 1));
+            (p, n) = (at + 1, end + 1);
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&c| c == b'*')
 }
 
 #[cfg(test)]
@@ -336,6 +362,9 @@ mod tests {
             ("l.*.k*", "l.30.attn.k_scale", true),
             ("l.*.k*", "x.30.attn.k_scale", false),
             ("*", "", true),
+            ("a*b*c", "aXbXbYc", true),
+            ("a*b*c", "aXcXb", false),
+            ("**a**", "bab", true),
         ] {
             assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), fits, "{pattern} {name}");
         }

@@ -3,11 +3,14 @@
 //! All are for local tensors that are row-major and dense. `width` is the number of columns: a bias is its weight with one column.
 #![forbid(unsafe_code)]
 
+use super::model::Heads;
 use crate::abi::{RS_MAX_RANK, RS_TRANSFORM_NONE};
+use crate::geom::{Axis, Pattern};
 use crate::layout::TileRow;
+use smallvec::{SmallVec, smallvec};
 
 /// One axis of a box.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Span {
     /// Extent of the view.
     pub view: u64,
@@ -20,17 +23,38 @@ pub struct Span {
 }
 
 /// A box of a tensor of some kind.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cut {
     /// Index of the kind.
     pub kind: usize,
+    /// Expert, if the kind is one of experts, else 0.
+    pub expert: u32,
     /// Elements from the local tensor's first to the box's first.
     pub offset: u64,
     /// The box.
-    pub axes: Vec<Span>,
+    pub axes: SmallVec<[Span; 4]>,
 }
 
 impl Cut {
+    /// The same box of an expert's tensor, `by` elements further on.
+    pub fn of(self, expert: u32, by: u64) -> Cut {
+        Cut { expert, offset: self.offset + by, ..self }
+    }
+
+    /// As a planner sees it: what `row` says, without the checks that a caller's rows need.
+    pub fn pattern(&self) -> Pattern {
+        let mut out = Pattern { key: 0, val: self.offset, axes: SmallVec::new() };
+        let mut weight = 1;
+        for a in self.axes.iter().rev() {
+            out.key += a.origin * weight;
+            if a.extent > 1 {
+                out.axes.push(Axis { extent: a.extent, key: weight, val: a.stride });
+            }
+            weight *= a.view;
+        }
+        out.coalesce()
+    }
+
     /// As a row of a tile table, for items of `item` bytes; the rows of tensor and buffer are the caller's to set.
     pub fn row(&self, item: u64) -> TileRow {
         let list = |f: fn(&Span) -> u64| {
@@ -58,17 +82,41 @@ impl Cut {
 pub fn rows(kind: usize, total: u64, first: u64, count: u64, width: u64, at: u64) -> Option<Cut> {
     let columns = Span { view: width, origin: 0, extent: width, stride: 1 };
     let rows = Span { view: total, origin: first, extent: count, stride: width };
-    (count > 0).then(|| Cut { kind, offset: at * width, axes: vec![rows, columns] })
+    (count > 0).then(|| Cut { kind, expert: 0, offset: at * width, axes: smallvec![rows, columns] })
+}
+
+/// A whole [rows, columns] tensor of which row i lies in column i: transposed, as part `r` of `t` of its rows or, with `by_columns`, of
+/// its columns. `across` is the number of local columns.
+pub fn transposed(kind: usize, shape: [u64; 2], by_columns: bool, r: u64, t: u64, across: u64) -> Cut {
+    let mut part = shape;
+    part[usize::from(by_columns)] /= t;
+    let first = |i: usize| if usize::from(by_columns) == i { r * part[i] } else { 0 };
+    let axes = smallvec![
+        Span { view: shape[0], origin: first(0), extent: part[0], stride: 1 },
+        Span { view: shape[1], origin: first(1), extent: part[1], stride: across },
+    ];
+    Cut { kind, expert: 0, offset: 0, axes }
+}
+
+/// Rows `first` to `first + count` of each of the heads of part `r` of `t`, a head having `rows` of them.
+pub fn of_heads(kind: usize, heads: u64, rows: u64, (first, count): (u64, u64), width: u64, r: u64, t: u64) -> Cut {
+    let part = heads / t;
+    let axes = smallvec![
+        Span { view: heads, origin: r * part, extent: part, stride: count * width },
+        Span { view: rows, origin: first, extent: count, stride: width },
+        Span { view: width, origin: 0, extent: width, stride: 1 },
+    ];
+    Cut { kind, expert: 0, offset: 0, axes }
 }
 
 /// Part `r` of `t` of the columns of a [rows, columns] tensor: a row-parallel linear layer.
 pub fn columns(kind: usize, rows: u64, columns: u64, r: u64, t: u64) -> Cut {
     let part = columns / t;
-    let axes = vec![
+    let axes = smallvec![
         Span { view: rows, origin: 0, extent: rows, stride: part },
         Span { view: columns, origin: r * part, extent: part, stride: 1 },
     ];
-    Cut { kind, offset: 0, axes }
+    Cut { kind, expert: 0, offset: 0, axes }
 }
 
 /// Gate over up, each part `r` of `t` of its `ffn` rows: merged column-parallel layers, equal in Megatron and vLLM.
@@ -84,17 +132,6 @@ pub fn vocab(kind: usize, vocab: u64, padded: u64, width: u64, r: u64, t: u64) -
     rows(kind, vocab, first, ((r + 1) * part).min(vocab) - first, width, 0)
 }
 
-/// Sizes of a fused query, key and value projection.
-#[derive(Clone, Copy, Debug)]
-pub struct Heads {
-    /// Query heads.
-    pub q: u64,
-    /// Key and value heads.
-    pub kv: u64,
-    /// Rows of a head.
-    pub dim: u64,
-}
-
 /// Shard `r` of `t` of Megatron's linear_qkv: for each group its query heads, its key, its value. With fewer groups than shards
 /// (Megatron-core from 0.16) the rows are cut evenly, wherever that falls.
 pub fn qkv_grouped(kinds: [usize; 3], h: Heads, width: u64, r: u64, t: u64) -> Vec<Cut> {
@@ -105,12 +142,12 @@ pub fn qkv_grouped(kinds: [usize; 3], h: Heads, width: u64, r: u64, t: u64) -> V
     if h.kv % t == 0 {
         let groups = h.kv / t;
         let cut = |(kind, (n, start)): (usize, (u64, u64))| {
-            let axes = vec![
+            let axes = smallvec![
                 Span { view: h.kv, origin: r * groups, extent: groups, stride: block * width },
                 Span { view: n, origin: 0, extent: n, stride: width },
                 Span { view: width, origin: 0, extent: width, stride: 1 },
             ];
-            Cut { kind, offset: start * width, axes }
+            Cut { kind, expert: 0, offset: start * width, axes }
         };
         return kinds.into_iter().zip(members).map(cut).collect();
     }
@@ -170,7 +207,7 @@ mod tests {
     #[test]
     fn known_shards() {
         let qkv = ["q", "k", "v"];
-        let h = Heads { q: 4, kv: 2, dim: 1 };
+        let h = Heads { q: 4, kv: 2, dim: 1, bias: false, norm: false, out_bias: false, sinks: false };
         let grouped = |h: Heads, t: u64| all(t, |r| qkv_grouped([0, 1, 2], h, 1, r, t), &qkv);
         let stacked = |h: Heads, t: u64| all(t, |r| qkv_stacked([0, 1, 2], h, 1, r, t), &qkv);
         assert_eq!(grouped(h, 1), "q0 q1 k0 v0 q2 q3 k1 v1");
@@ -179,7 +216,7 @@ mod tests {
         assert_eq!(stacked(h, 1), "q0 q1 q2 q3 k0 k1 v0 v1");
         assert_eq!(stacked(h, 2), "q0 q1 k0 v0; q2 q3 k1 v1");
         assert_eq!(stacked(h, 4), "q0 k0 v0; q1 k0 v0; q2 k1 v1; q3 k1 v1");
-        let h = Heads { q: 8, kv: 2, dim: 1 };
+        let h = Heads { q: 8, ..h };
         assert_eq!(grouped(h, 4), "q0 q1 q2; q3 k0 v0; q4 q5 q6; q7 k1 v1");
         assert_eq!(stacked(h, 4), "q0 q1 k0 v0; q2 q3 k0 v0; q4 q5 k1 v1; q6 q7 k1 v1");
         let merged = |t: u64| all(t, |r| glu([0, 1], 4, 1, r, t), &["g", "u"]);

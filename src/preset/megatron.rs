@@ -5,18 +5,20 @@
 //! (vocabulary padding). Context and sequence parallelism change no parameter.
 #![forbid(unsafe_code)]
 
-use super::cut::{self, Heads};
+use super::cut;
+use super::experts::{self, Storage};
 use super::mesh::{Axis, Mesh};
-use super::model::{Model, names};
+use super::model::{Attention, Latent, LayerType, MOST_ELEMENTS, Model, Moe, names};
 use super::pipeline::{Chunk, Placement};
-use super::side::{Param, Parts, Section, Shard, Slot, Unused};
-use super::spec::{List, Ranks, one, size};
+use super::shard::{Shard, final_norm, vocab};
+use super::side::{Param, Parts, Section, Slot, Unused};
+use super::spec::{List, Ranks, divides, one, size};
 use crate::abi::*;
 use crate::error::{Result, bail};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 /// Members of a side of the framework `megatron`.
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
     ranks: Ranks,
@@ -31,6 +33,30 @@ pub struct Options {
     /// Default: what the ranks give.
     #[serde(default)]
     data_parallel_size: Option<u64>,
+    #[serde(default = "one")]
+    expert_model_parallel_size: u64,
+    /// Default: that of the rest.
+    #[serde(default)]
+    expert_tensor_parallel_size: Option<u64>,
+    #[serde(default)]
+    moe_grouped_gemm: bool,
+    #[serde(default)]
+    moe_use_legacy_grouped_gemm: bool,
+    /// MindSpeed's.
+    #[serde(default)]
+    moe_tp_extend_ep: bool,
+    /// Whether the MLA down projections are cut by rows: with local layers, and with Transformer-Engine's up to Megatron-core 0.13.
+    #[serde(default)]
+    mla_down_proj_cut: Option<bool>,
+    /// Whose names and fusions MLA has.
+    #[serde(default)]
+    mla_weights: MlaWeights,
+    /// MindSpeed's: the up projections' parts of each head on their own.
+    #[serde(default)]
+    mla_mm_split: bool,
+    /// MindSpeed's.
+    #[serde(default)]
+    schedules_method: Option<Schedule>,
     #[serde(default)]
     use_tp_pp_dp_mapping: bool,
     #[serde(default)]
@@ -58,12 +84,33 @@ pub struct Options {
 }
 
 /// Whose layers; it decides where norms are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Impl {
     #[default]
     TransformerEngine,
     Local,
+}
+
+/// Whose names and fusions the projections of multi-head latent attention have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum MlaWeights {
+    /// Megatron-core's.
+    #[default]
+    Core,
+    /// MindSpeed-LLM's: one linear_qkv for both down projections, whole on each rank.
+    Mindspeed,
+    /// The same with linear_qb and linear_kvb, beside Megatron-core 0.8.
+    MindspeedQb,
+}
+
+/// Pipelines that go another way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Schedule {
+    /// Two chunks a stage, the second in falling order: the first stage has both ends.
+    Dualpipev,
 }
 
 fn divisor() -> u64 {
@@ -76,74 +123,190 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
     let pp = size("pipeline_model_parallel_size", o.pipeline_model_parallel_size)?;
     let cp = size("context_parallel_size", o.context_parallel_size)?;
     let vp = o.virtual_pipeline_model_parallel_size.map(|n| size("virtual_pipeline_model_parallel_size", n)).transpose()?;
-    let one_copy = tp * pp * cp;
-    let dp = o.data_parallel_size.unwrap_or(o.ranks.0.len() as u64 / one_copy).max(1);
-    let mesh = if o.use_tp_pp_dp_mapping {
-        Mesh::new(tp, &[(Axis::Copy, cp), (Axis::Stage, pp), (Axis::Copy, size("data_parallel_size", dp)?)])
-    } else {
-        Mesh::new(tp, &[(Axis::Copy, cp), (Axis::Copy, size("data_parallel_size", dp)?), (Axis::Stage, pp)])
+    let one_copy = tp.saturating_mul(pp).saturating_mul(cp);
+    let dp = match o.data_parallel_size {
+        Some(given) => size("data_parallel_size", given)?,
+        None => (o.ranks.0.len() as u64 / one_copy).max(1),
     };
-    for (what, n) in [("num_attention_heads", model.heads), ("intermediate_size", model.ffn)] {
-        if n % tp != 0 {
-            bail!(RS_ERR_UNSUPPORTED, "tensor_model_parallel_size {tp}: Megatron wants it to divide {what} {n}");
-        }
-    }
-    if model.kv_heads % tp != 0 && tp % model.kv_heads != 0 {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "tensor_model_parallel_size {tp}: Megatron wants num_query_groups (num_key_value_heads) {} to be a multiple of it, or from \
-             Megatron-core 0.16 a divisor",
-            model.kv_heads
-        );
-    }
-    if (model.heads + 2 * model.kv_heads) * model.head_dim % tp != 0 {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "tensor_model_parallel_size {tp}: Megatron wants it to divide the {} rows of linear_qkv, (num_attention_heads {} + 2 * \
-             num_query_groups {}) * head_dim {}",
-            (model.heads + 2 * model.kv_heads) * model.head_dim,
-            model.heads,
-            model.kv_heads,
-            model.head_dim
-        );
-    }
+    let mut meshes = vec![mesh(o, pp, &[(Axis::Shard, tp), (Axis::Copy, cp)], dp)?];
+    check(model, o, tp)?;
     let padded = padded(model, o, tp)?;
     let chunks = Placement {
-        layers: model.layers,
+        layers: model.layers.len() as u64,
         stages: pp,
         chunks: vp,
-        ends: [o.num_layers_in_first_pipeline_stage, o.num_layers_in_last_pipeline_stage],
+        ends: [
+            o.num_layers_in_first_pipeline_stage.map(|n| size("num_layers_in_first_pipeline_stage", n)).transpose()?,
+            o.num_layers_in_last_pipeline_stage.map(|n| size("num_layers_in_last_pipeline_stage", n)).transpose()?,
+        ],
         account: [o.account_for_embedding_in_pipeline_split, o.account_for_loss_in_pipeline_split],
         layout: o.pipeline_model_parallel_layout.as_deref(),
         list: o.num_layer_list.as_ref().map(|l| &l.0[..]),
+        v_shaped: o.schedules_method == Some(Schedule::Dualpipev),
         noops: o.noop_layers.as_ref().map_or(&[], |l| &l.0[..]),
     }
     .chunks()?;
     // The last stage has an embedding of its own for its output layer. Megatron keeps it equal to the first stage's, which is read.
     let copy = model.tied && pp > 1;
+    let v_shaped = o.schedules_method == Some(Schedule::Dualpipev);
+    if copy && v_shaped {
+        bail!(RS_ERR_UNSUPPORTED, "schedules_method dualpipev: not built for tied embeddings");
+    }
     let unused = Unused {
         stage: pp - 1,
         chunk: chunks[0].len() as u32 - 1,
         name: "output_layer.weight".to_string(),
         shape: vec![padded / tp, model.hidden],
     };
+    let front = |r| vec![vocab(model, "embedding.word_embeddings.weight", names::EMBED, padded, r, tp)];
+    let mut sections = vec![
+        Section::new(0, (0..tp).map(front).collect()),
+        Section::new(0, (0..tp).map(|r| back(model, padded, copy && target, r, tp)).collect()),
+    ];
+    for layer in [LayerType::Dense, LayerType::Moe] {
+        let shard = |r| match model.layers.contains(&layer) {
+            true => layer_params(&Shard { model, layer, r, t: tp }, o),
+            false => vec![],
+        };
+        sections.push(Section::new(0, (0..tp).map(shard).collect()));
+    }
+    if let Some(moe) = &model.moe {
+        let (mesh, section) = experts(model, moe, o, tp, pp)?;
+        meshes.push(mesh);
+        sections.push(section);
+    }
+    for (member, given) in [
+        ("expert_model_parallel_size", o.expert_model_parallel_size != 1),
+        ("expert_tensor_parallel_size", o.expert_tensor_parallel_size.is_some()),
+        ("moe_tp_extend_ep", o.moe_tp_extend_ep),
+        ("moe_grouped_gemm", o.moe_grouped_gemm),
+        ("moe_use_legacy_grouped_gemm", o.moe_use_legacy_grouped_gemm),
+    ] {
+        if given && model.moe.is_none() {
+            bail!(RS_ERR_INVALID, "{member} is for models with experts; {} has none", model.architecture);
+        }
+    }
     Ok(Parts {
-        mesh,
+        meshes,
         ranks: o.ranks.0.clone(),
         dtype: super::spec::dtype("params_dtype", o.params_dtype.as_deref(), model)?,
-        stages: chunks.iter().map(|c| slots(c)).collect(),
-        shards: (0..tp).map(|r| shard(model, o.transformer_impl, padded, copy && target, r, tp)).collect(),
+        stages: chunks.iter().map(|c| slots(model, c)).collect(),
+        sections,
         unused: if copy && !target { vec![unused] } else { vec![] },
         strip: "module.",
+        renamed: &[],
     })
+}
+
+/// Shards and copies that are `faster`, then stages and copies in the order that is asked for.
+fn mesh(o: &Options, pp: u64, faster: &[(Axis, u64)], copies: u64) -> Result<Mesh> {
+    let slower =
+        if o.use_tp_pp_dp_mapping { [(Axis::Stage, pp), (Axis::Copy, copies)] } else { [(Axis::Copy, copies), (Axis::Stage, pp)] };
+    Mesh::new(&[faster, &slower].concat(), o.ranks.0.len())
+}
+
+/// What Megatron forbids.
+fn check(model: &Model, o: &Options, tp: u64) -> Result<()> {
+    let mut sizes = model.cut_sizes(true);
+    match &model.attention {
+        Attention::Grouped(h) => {
+            if h.kv % tp != 0 && tp % h.kv != 0 {
+                bail!(
+                    RS_ERR_UNSUPPORTED,
+                    "tensor_model_parallel_size {tp}: Megatron wants num_query_groups (num_key_value_heads) {} to be a multiple of it, or \
+                     from Megatron-core 0.16 a divisor",
+                    h.kv
+                );
+            }
+            let rows = (h.q + 2 * h.kv) * h.dim;
+            sizes.push(("the rows of linear_qkv, (num_attention_heads + 2 * num_query_groups) * head_dim,", rows));
+        }
+        Attention::Latent(l) if down_proj_cut(o) && o.mla_weights == MlaWeights::Core => {
+            sizes.push(("kv_lora_rank + qk_rope_head_dim", l.kv_lora + l.dims[1]));
+            sizes.push(("q_lora_rank", l.q_lora.unwrap_or(0)));
+        }
+        Attention::Latent(l) if o.mla_weights != MlaWeights::Core && l.q_lora.is_none() && tp > 1 => bail!(
+            RS_ERR_UNSUPPORTED,
+            "tensor_model_parallel_size {tp}: MindSpeed's linear_qkv holds all of q where there is no q_lora_rank, which works with 1 only"
+        ),
+        Attention::Latent(_) => {}
+    }
+    if o.mla_mm_split && o.mla_weights == MlaWeights::Core {
+        bail!(RS_ERR_INVALID, "mla_mm_split goes with mla_weights \"mindspeed\" or \"mindspeed_qb\"");
+    }
+    divides("Megatron", "tensor_model_parallel_size", tp, &sizes)
+}
+
+fn down_proj_cut(o: &Options) -> bool {
+    o.mla_down_proj_cut.unwrap_or(o.transformer_impl == Impl::Local)
+}
+
+/// The experts' grid, and what each shard of it holds of every layer that has any.
+fn experts(model: &Model, moe: &Moe, o: &Options, tp: u64, pp: u64) -> Result<(Mesh, Section)> {
+    let given = size("expert_model_parallel_size", o.expert_model_parallel_size)?;
+    let (ep, etp) = match o.moe_tp_extend_ep {
+        true if o.expert_tensor_parallel_size.is_some_and(|n| n != 1) => {
+            bail!(RS_ERR_INVALID, "moe_tp_extend_ep contradicts expert_tensor_parallel_size: its experts are not cut")
+        }
+        true => (given * tp, 1),
+        false => (given, size("expert_tensor_parallel_size", o.expert_tensor_parallel_size.unwrap_or(tp))?),
+    };
+    let ranks = o.ranks.0.len() as u64;
+    let one_copy = ep.saturating_mul(etp).saturating_mul(pp);
+    if ranks % one_copy != 0 {
+        bail!(
+            RS_ERR_INVALID,
+            "ranks: {ranks} ranks are no multiple of expert_tensor_parallel_size {etp} (if it is not given, that of the rest) * \
+             expert_model_parallel_size {ep} * pipeline_model_parallel_size {pp}"
+        );
+    }
+    let copies = ranks / one_copy;
+    let mesh = mesh(o, pp, &[(Axis::Shard, etp * ep)], copies)?;
+    if o.use_tp_pp_dp_mapping && etp * ep != tp * o.context_parallel_size {
+        bail!(
+            RS_ERR_INVALID,
+            "use_tp_pp_dp_mapping: Megatron wants expert tensor {etp} * expert {ep} parallel sizes to be tensor {tp} * context {} ones",
+            o.context_parallel_size
+        );
+    }
+    for (what, n, by) in [("experts", moe.experts, ep), ("the experts' intermediate size", moe.ffn, etp)] {
+        if n % by != 0 {
+            bail!(RS_ERR_UNSUPPORTED, "expert parallel sizes {ep} and tensor {etp}: Megatron wants {by} to divide {what} {n}");
+        }
+    }
+    let legacy = o.moe_tp_extend_ep || o.moe_use_legacy_grouped_gemm || (o.moe_grouped_gemm && o.transformer_impl == Impl::Local);
+    let (storage, names) = if legacy {
+        (Storage::Grouped, ["mlp.experts.weight1", "mlp.experts.weight2"])
+    } else if o.moe_grouped_gemm {
+        (Storage::TeGrouped, ["mlp.experts.linear_fc1.weight{}", "mlp.experts.linear_fc2.weight{}"])
+    } else {
+        let names = ["mlp.experts.local_experts.{}.linear_fc1.weight", "mlp.experts.local_experts.{}.linear_fc2.weight"];
+        (Storage::Sequential, names)
+    };
+    if moe.fused && storage != Storage::TeGrouped {
+        bail!(RS_ERR_UNSUPPORTED, "{}: only moe_grouped_gemm with Transformer-Engine is built", model.architecture);
+    }
+    let biases = ["mlp.experts.linear_fc1.bias{}", "mlp.experts.linear_fc2.bias{}"];
+    let of = experts::linear(moe.experts, ep);
+    let shard = |s: u64| {
+        let (slots, cut) = (&of[(s / etp) as usize], (s % etp, etp));
+        match moe.fused {
+            true => experts::fused(model, moe, [names[0], biases[0], names[1], biases[1]], slots, cut),
+            false => experts::params(model, moe, storage, names, slots, cut),
+        }
+    };
+    Ok((mesh, Section::new(1, (0..ep * etp).map(shard).collect())))
 }
 
 /// Rows of the vocabulary over all shards.
 fn padded(model: &Model, o: &Options, tp: u64) -> Result<u64> {
-    let Some(padded) = o.padded_vocab_size else {
-        return Ok(model.vocab.next_multiple_of(size("make_vocab_size_divisible_by", o.make_vocab_size_divisible_by)? * tp));
+    let padded = match o.padded_vocab_size {
+        None => model.vocab.next_multiple_of(size("make_vocab_size_divisible_by", o.make_vocab_size_divisible_by)? * tp),
+        Some(padded) => size("padded_vocab_size", padded)?,
     };
-    let padded = size("padded_vocab_size", padded)?;
+    if padded.saturating_mul(model.hidden) > MOST_ELEMENTS {
+        bail!(RS_ERR_INVALID, "make_vocab_size_divisible_by and padded_vocab_size: a vocabulary of {padded} rows is too large");
+    }
     if padded < model.vocab || padded % tp != 0 {
         bail!(
             RS_ERR_INVALID,
@@ -154,64 +317,154 @@ fn padded(model: &Model, o: &Options, tp: u64) -> Result<u64> {
     Ok(padded)
 }
 
-fn slots(chunks: &[Chunk]) -> Vec<Slot> {
+/// Indices of sections.
+const FRONT: usize = 0;
+const BACK: usize = 1;
+const DENSE: usize = 2;
+const MOE: usize = 3;
+const EXPERTS: usize = 4;
+
+fn slots(model: &Model, chunks: &[Chunk]) -> Vec<Slot> {
     let mut out = vec![];
     for (i, chunk) in (0..).zip(chunks) {
         if chunk.front {
-            out.push(Slot::new(Section::Front, 0, i, String::new()));
+            out.push(Slot::new(FRONT, 0, i, String::new()));
         }
-        for (local, layer) in chunk.layers.iter().enumerate() {
-            out.extend(layer.map(|l| Slot::new(Section::Layer, l, i, format!("decoder.layers.{local}."))));
+        for (local, layer) in chunk.layers.iter().enumerate().filter_map(|(i, l)| Some((i, (*l)?))) {
+            let sections: &[usize] = if model.layers[layer as usize] == LayerType::Dense { &[DENSE] } else { &[MOE, EXPERTS] };
+            out.extend(sections.iter().map(|&s| Slot::new(s, layer, i, format!("decoder.layers.{local}."))));
         }
         if chunk.back {
-            out.push(Slot::new(Section::Back, 0, i, String::new()));
+            out.push(Slot::new(BACK, 0, i, String::new()));
         }
     }
     out
 }
 
-fn shard(model: &Model, spec: Impl, padded: u64, copy: bool, r: u64, t: u64) -> Shard {
-    let (h, kind) = (model.hidden, |name: &str| model.kind(name));
-    let heads = Heads { q: model.heads, kv: model.kv_heads, dim: model.head_dim };
-    let vocab = |param: &str, name: &str| Param::new(param, &[padded / t, h], cut::vocab(kind(name), model.vocab, padded, h, r, t));
-    let norm = |param: &str, name: &str| {
-        let kind = kind(name);
-        let n = model.kinds[kind].shape[0];
-        Param::new(param, &[n], cut::rows(kind, n, 0, n, 1, 0))
-    };
-    let [input_norm, mlp_norm] = match spec {
-        Impl::TransformerEngine => ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"],
-        Impl::Local => ["input_layernorm.weight", "pre_mlp_layernorm.weight"],
-    };
-    let rows = (heads.q + 2 * heads.kv) * heads.dim / t;
-    let q = heads.q * heads.dim;
-    let mut layer = vec![
-        norm(input_norm, names::INPUT_NORM),
-        Param::new("self_attention.linear_qkv.weight", &[rows, h], cut::qkv_grouped(names::QKV.map(kind), heads, h, r, t)),
-    ];
-    if model.qkv_bias {
-        let cuts = cut::qkv_grouped(names::QKV_BIAS.map(kind), heads, 1, r, t);
-        layer.push(Param::new("self_attention.linear_qkv.bias", &[rows], cuts));
-    }
-    if model.qk_norm {
-        layer.push(norm("self_attention.q_layernorm.weight", names::Q_NORM));
-        layer.push(norm("self_attention.k_layernorm.weight", names::K_NORM));
-    }
-    layer.extend([
-        Param::new("self_attention.linear_proj.weight", &[h, q / t], [cut::columns(kind(names::O), h, q, r, t)]),
-        norm(mlp_norm, names::POST_NORM),
-        Param::new(
-            "mlp.linear_fc1.weight",
-            &[2 * model.ffn / t, h],
-            cut::glu([names::GATE, names::UP].map(kind), model.ffn, h, r, t),
-        ),
-        Param::new("mlp.linear_fc2.weight", &[h, model.ffn / t], [cut::columns(kind(names::DOWN), h, model.ffn, r, t)]),
-    ]);
-    let mut back = vec![norm("decoder.final_layernorm.weight", names::NORM)];
+fn back(model: &Model, padded: u64, copy: bool, r: u64, t: u64) -> Vec<Param> {
+    let mut out = vec![final_norm(model, "decoder.final_layernorm.weight")];
     if !model.tied {
-        back.push(vocab("output_layer.weight", names::HEAD));
+        out.push(vocab(model, "output_layer.weight", names::HEAD, padded, r, t));
     } else if copy {
-        back.push(vocab("output_layer.weight", names::EMBED));
+        out.push(vocab(model, "output_layer.weight", names::EMBED, padded, r, t));
     }
-    Shard { front: vec![vocab("embedding.word_embeddings.weight", names::EMBED)], layer, back }
+    out
+}
+
+/// A shard of a layer, but for its routed experts.
+fn layer_params(shard: &Shard<'_>, o: &Options) -> Vec<Param> {
+    let Shard { model, r, t, .. } = *shard;
+    let te = o.transformer_impl == Impl::TransformerEngine;
+    let named = |te_name: &'static str, local: &'static str| if te { te_name } else { local };
+    let mut out = vec![];
+    match &model.attention {
+        Attention::Grouped(a) => {
+            let input_norm = named("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight");
+            out.push(shard.whole(input_norm, names::INPUT_NORM));
+            let rows = (a.q + 2 * a.kv) * a.dim / t;
+            let qkv = |of: [&str; 3], width: u64| cut::qkv_grouped(of.map(|n| shard.kind(n)), *a, width, r, t);
+            out.push(Param::new("self_attention.linear_qkv.weight", &[rows, model.hidden], qkv(names::QKV, model.hidden)));
+            if a.bias {
+                out.push(Param::new("self_attention.linear_qkv.bias", &[rows], qkv(names::QKV_BIAS, 1)));
+            }
+            if a.out_bias {
+                out.push(shard.whole("self_attention.linear_proj.bias", names::O_BIAS));
+            }
+            if a.sinks {
+                out.push(shard.rows("self_attention.core_attention.softmax_offset", names::SINKS));
+            }
+            if a.norm {
+                out.push(shard.whole("self_attention.q_layernorm.weight", names::Q_NORM));
+                out.push(shard.whole("self_attention.k_layernorm.weight", names::K_NORM));
+            }
+        }
+        Attention::Latent(a) => {
+            out.push(shard.whole("input_layernorm.weight", names::INPUT_NORM));
+            if o.mla_weights != MlaWeights::Core {
+                out.extend(mindspeed_latent(shard, o, a));
+                return with_mlp(shard, named, out);
+            }
+            let down = |param: &str, tensor: &str| {
+                if down_proj_cut(o) { shard.rows(param, tensor) } else { shard.whole(param, tensor) }
+            };
+            if a.q_lora.is_some() {
+                let norm = named("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight");
+                out.extend([
+                    down("self_attention.linear_q_down_proj.weight", names::Q_A),
+                    shard.whole(norm, names::Q_A_NORM),
+                    shard.rows("self_attention.linear_q_up_proj.weight", names::Q_B),
+                ]);
+            } else {
+                out.push(shard.rows("self_attention.linear_q_proj.weight", names::Q));
+            }
+            let norm = named("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight");
+            out.extend([
+                down("self_attention.linear_kv_down_proj.weight", names::KV_A),
+                shard.whole(norm, names::KV_A_NORM),
+                shard.rows("self_attention.linear_kv_up_proj.weight", names::KV_B),
+            ]);
+        }
+    }
+    with_mlp(shard, named, out)
+}
+
+/// MindSpeed-LLM's projections of multi-head latent attention.
+fn mindspeed_latent(shard: &Shard<'_>, o: &Options, a: &Latent) -> Vec<Param> {
+    let [nope, rope, v] = a.dims;
+    let first = if a.q_lora.is_some() { names::Q_A } else { names::Q };
+    let mut out = vec![shard.stacked("self_attention.linear_qkv.weight", &[first, names::KV_A])];
+    let part = |param: &str, tensor: &str, rows: u64, of: (u64, u64)| {
+        shard.of_heads(&format!("self_attention.{param}.weight"), tensor, rows, of)
+    };
+    let up = |core: &str, old: &str, tensor: &str| {
+        let name = if o.mla_weights == MlaWeights::Mindspeed { core } else { old };
+        shard.rows(&format!("self_attention.{name}.weight"), tensor)
+    };
+    if a.q_lora.is_some() {
+        out.push(shard.whole("self_attention.q_layernorm.weight", names::Q_A_NORM));
+        if o.mla_mm_split {
+            out.push(part("linear_qk_nope", names::Q_B, nope + rope, (0, nope)));
+            out.push(part("linear_qk_rope", names::Q_B, nope + rope, (nope, rope)));
+        } else {
+            out.push(up("linear_q_up_proj", "linear_qb", names::Q_B));
+        }
+    }
+    out.push(shard.whole("self_attention.kv_layernorm.weight", names::KV_A_NORM));
+    if o.mla_mm_split {
+        out.push(part("linear_kv_nope", names::KV_B, nope + v, (0, nope)));
+        out.push(part("linear_v", names::KV_B, nope + v, (nope, v)));
+    } else {
+        out.push(up("linear_kv_up_proj", "linear_kvb", names::KV_B));
+    }
+    out
+}
+
+/// A layer's attention with what follows it.
+fn with_mlp(shard: &Shard<'_>, named: impl Fn(&'static str, &'static str) -> &'static str, mut out: Vec<Param>) -> Vec<Param> {
+    let Shard { model, layer, .. } = *shard;
+    out.push(shard.columns("self_attention.linear_proj.weight", names::O));
+    let Some(moe) = model.moe.as_ref().filter(|_| layer == LayerType::Moe) else {
+        let [gate, up, down] = names::MLP;
+        out.push(shard.whole(named("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), names::POST_NORM));
+        out.push(shard.glu("mlp.linear_fc1.weight", gate, up));
+        out.push(shard.columns("mlp.linear_fc2.weight", down));
+        return out;
+    };
+    out.push(shard.whole("pre_mlp_layernorm.weight", names::POST_NORM));
+    out.push(shard.whole("mlp.router.weight", &moe.router()));
+    if moe.fused {
+        out.push(shard.whole("mlp.router.bias", names::ROUTER_BIAS));
+    }
+    if moe.correction {
+        out.push(shard.whole("mlp.router.expert_bias", &moe.correction_name()));
+    }
+    if moe.shared > 0 {
+        let [gate, up, down] = moe.shared_names();
+        out.push(shard.glu("mlp.shared_experts.linear_fc1.weight", &gate, &up));
+        out.push(shard.columns("mlp.shared_experts.linear_fc2.weight", &down));
+    }
+    if moe.shared_gate {
+        out.push(shard.whole("mlp.shared_experts.gate_weight", &moe.shared_gate_name()));
+    }
+    out
 }

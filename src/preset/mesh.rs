@@ -1,10 +1,11 @@
 //! Ranks and their coordinates.
 #![forbid(unsafe_code)]
 
-use serde::Serialize;
+use crate::abi::RS_ERR_INVALID;
+use crate::error::{Result, bail};
 
 /// A coordinate of a rank's position: `position / stride % size`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Dim {
     /// Number of values.
     pub size: u64,
@@ -19,11 +20,11 @@ impl Dim {
     }
 }
 
-/// The grid of one side: which positions hold the same.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// The grid of one side, or of its experts: which positions hold the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mesh {
-    /// Which shard of its layers a rank holds.
-    pub shard: Dim,
+    /// Which shard of its layers a rank holds: a number written in these, the fastest first.
+    pub shard: Vec<Dim>,
     /// Which layers a rank holds.
     pub stage: Dim,
     /// Whatever else tells ranks apart: those that differ only in these hold the same.
@@ -31,39 +32,47 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// A grid from its sizes, the fastest first: the shard, then any order of the stage and the copies.
-    pub fn new(shard: u64, slower: &[(Axis, u64)]) -> Mesh {
-        let mut stride = shard;
-        let mut mesh = Mesh { shard: Dim { size: shard, stride: 1 }, stage: Dim { size: 1, stride: 1 }, copies: vec![] };
-        for &(axis, size) in slower {
+    /// A grid of so many ranks from its axes, the fastest first.
+    pub fn new(axes: &[(Axis, u64)], ranks: usize) -> Result<Mesh> {
+        let sizes = axes.iter().try_fold(1u64, |n, a| n.checked_mul(a.1));
+        if sizes != Some(ranks as u64) {
+            let sizes: Vec<String> = axes.iter().filter(|a| a.1 > 1).map(|a| a.1.to_string()).collect();
+            let sizes = if sizes.is_empty() { "1".to_string() } else { sizes.join(" * ") };
+            bail!(RS_ERR_INVALID, "ranks has {ranks} ranks, the sizes of its parallelisms multiply to {sizes}");
+        }
+        let mut stride = 1;
+        let mut mesh = Mesh { shard: vec![], stage: Dim { size: 1, stride: 1 }, copies: vec![] };
+        for &(axis, size) in axes {
             let dim = Dim { size, stride };
             match axis {
+                Axis::Shard => mesh.shard.push(dim),
                 Axis::Stage => mesh.stage = dim,
                 Axis::Copy => mesh.copies.push(dim),
             }
             stride *= size;
         }
-        mesh
+        Ok(mesh)
     }
 
-    /// Number of positions.
-    pub fn len(&self) -> u64 {
-        self.shard.size * self.stage.size * self.copies.iter().map(|d| d.size).product::<u64>()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Number of shards.
+    pub fn shards(&self) -> u64 {
+        self.shard.iter().map(|d| d.size).product()
     }
 
     /// Stage and shard of a position.
     pub fn coords(&self, position: u64) -> (u64, u64) {
-        (self.stage.of(position), self.shard.of(position))
+        let shard = self.shard.iter().rev().fold(0, |n, d| n * d.size + d.of(position));
+        (self.stage.of(position), shard)
     }
 
     /// The positions of a stage and shard.
     pub fn positions(&self, stage: u64, shard: u64) -> Vec<u64> {
-        let mut out = vec![stage * self.stage.stride + shard * self.shard.stride];
+        let (mut first, mut rest) = (stage * self.stage.stride, shard);
+        for dim in &self.shard {
+            first += rest % dim.size * dim.stride;
+            rest /= dim.size;
+        }
+        let mut out = vec![first];
         for dim in &self.copies {
             out = (0..dim.size).flat_map(|i| out.iter().map(move |p| p + i * dim.stride)).collect();
         }
@@ -74,6 +83,8 @@ impl Mesh {
 /// What an axis of a [`Mesh`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Axis {
+    /// Cuts layers.
+    Shard,
     /// Pipeline stages.
     Stage,
     /// Ranks that hold the same.
@@ -86,13 +97,14 @@ mod tests {
 
     #[test]
     fn positions_and_coordinates_belong_together() {
-        for mesh in [
-            Mesh::new(3, &[(Axis::Copy, 2), (Axis::Copy, 4), (Axis::Stage, 5)]),
-            Mesh::new(2, &[(Axis::Stage, 3), (Axis::Copy, 2), (Axis::Copy, 3)]),
+        for (ranks, axes) in [
+            (120, [(Axis::Shard, 3), (Axis::Copy, 2), (Axis::Copy, 4), (Axis::Stage, 5)]),
+            (36, [(Axis::Shard, 2), (Axis::Stage, 3), (Axis::Shard, 2), (Axis::Copy, 3)]),
         ] {
-            let mut seen = vec![0; mesh.len() as usize];
+            let mesh = Mesh::new(&axes, ranks).unwrap();
+            let mut seen = vec![0; ranks];
             for stage in 0..mesh.stage.size {
-                for shard in 0..mesh.shard.size {
+                for shard in 0..mesh.shards() {
                     for p in mesh.positions(stage, shard) {
                         assert_eq!(mesh.coords(p), (stage, shard));
                         seen[p as usize] += 1;
@@ -100,6 +112,9 @@ mod tests {
                 }
             }
             assert!(seen.iter().all(|&n| n == 1));
+            assert!(Mesh::new(&axes, ranks + 1).unwrap_err().text().contains("multiply to"));
+            let huge = [axes[0], (Axis::Copy, 1 << 40), (Axis::Copy, 1 << 40), axes[3]];
+            assert!(Mesh::new(&huge, ranks).is_err(), "sizes that wrap");
         }
     }
 }

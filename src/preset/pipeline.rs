@@ -37,6 +37,8 @@ pub struct Placement<'a> {
     pub list: Option<&'a [u64]>,
     /// noop_layers.
     pub noops: &'a [u64],
+    /// Two chunks a stage, the second in falling order.
+    pub v_shaped: bool,
 }
 
 /// Most entries of an expanded layout.
@@ -64,6 +66,7 @@ impl Placement<'_> {
             );
         }
         let counts = match (self.layout, self.list) {
+            _ if self.v_shaped => self.of_v(all)?,
             (Some(layout), None) => self.of_layout(layout, all)?,
             (None, Some(list)) => self.of_list(list, all)?,
             (None, None) => self.of_sizes(all)?,
@@ -75,7 +78,9 @@ impl Placement<'_> {
         let mut next = 0;
         let mut real = 0;
         for (i, &count) in counts.iter().enumerate() {
-            let chunk = &mut out[i % stages as usize][i / stages as usize];
+            let (pass, place) = (i / stages as usize, i % stages as usize);
+            let stage = if self.v_shaped && pass == 1 { stages as usize - 1 - place } else { place };
+            let chunk = &mut out[stage][pass];
             for at in next..next + count {
                 let noop = noops.binary_search(&at).is_ok();
                 chunk.layers.push((!noop).then_some(real));
@@ -155,6 +160,23 @@ impl Placement<'_> {
         Ok(out)
     }
 
+    /// Two chunks a stage, of equal size.
+    fn of_v(&self, all: u64) -> Result<Vec<u64>> {
+        self.alone("schedules_method dualpipev")?;
+        if self.layout.is_some() || self.list.is_some() || self.chunks.is_some_and(|c| c != 2) {
+            bail!(
+                RS_ERR_INVALID,
+                "schedules_method dualpipev contradicts pipeline_model_parallel_layout, num_layer_list, and a \
+                 virtual_pipeline_model_parallel_size other than 2"
+            );
+        }
+        let parts = 2 * self.stages;
+        if all % parts != 0 {
+            bail!(RS_ERR_INVALID, "schedules_method dualpipev: {all} layers are no multiple of 2 * {} stages", self.stages);
+        }
+        Ok(vec![all / parts; parts as usize])
+    }
+
     fn of_list(&self, list: &[u64], all: u64) -> Result<Vec<u64>> {
         self.alone("num_layer_list")?;
         if self.chunks.is_some_and(|c| c > 1) {
@@ -185,6 +207,9 @@ impl Placement<'_> {
             }
             if symbols.contains(&'m') {
                 bail!(RS_ERR_INVALID, "m: the model has no MTP layers");
+            }
+            if self.stages == 1 && entries.len() > 1 {
+                bail!(RS_ERR_INVALID, "{} entries want pipeline_model_parallel_size above 1", entries.len());
             }
             if entries.len() as u64 % self.stages != 0 {
                 bail!(RS_ERR_INVALID, "{} entries are no multiple of {} pipeline stages", entries.len(), self.stages);
@@ -294,6 +319,14 @@ mod tests {
         assert_eq!(chunks[0][0].layers, [Some(0), Some(1), Some(2), Some(3), Some(4), None]);
         assert_eq!(chunks[1][0].layers, [5, 6, 7, 8, 9, 10].map(Some));
         assert_eq!(chunks[15][0].layers, [Some(89), Some(90), Some(91), Some(92), Some(93), None]);
+    }
+
+    #[test]
+    fn a_pipeline_that_comes_back() {
+        let p = Placement { layers: 16, stages: 4, v_shaped: true, ..Placement::default() };
+        assert_eq!(spans(&p), [[(0, 2), (14, 2)], [(2, 2), (12, 2)], [(4, 2), (10, 2)], [(6, 2), (8, 2)]]);
+        let chunks = p.chunks().unwrap();
+        assert!(chunks[0][0].front && chunks[0][1].back, "the first stage has both ends");
     }
 
     #[test]

@@ -1,18 +1,19 @@
 //! One side of a world: what each of its ranks holds, whatever the framework.
 //!
 //! A rank is at a *stage* (which layers) and is a *shard* of it (which boxes of them). Its parameters are listed by *slots*, each the
-//! place of one section of the model: the front, a layer, or the back. All layers have the same parameters, so a shard has one list
-//! for each [`Section`], and a slot says how they are called and in which row of the rank's buffers they begin.
+//! place of one [`Section`]: what comes before the layers, a layer, its experts, what comes after. All layers of a type have the same
+//! parameters, so a shard has one list for each section, and a slot says how they are called and in which row of the rank's buffers they
+//! begin. Experts are cut over other ranks than the rest: a section says by which [`Mesh`].
 #![forbid(unsafe_code)]
 
 use super::cut::Cut;
 use super::mesh::Mesh;
-use super::model::{Model, Part};
+use super::model::{FP32, Id, Model, Part};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::geom::Pattern;
-use crate::layout::Tensor;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 
 /// A parameter of a section.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct Param {
     pub patterns: Vec<Pattern>,
     /// Whether some of its elements hold no logical element.
     pub padded: bool,
+    /// DLPack code and bits, if they are not the side's.
+    pub dtype: Option<(u8, u8)>,
 }
 
 impl Param {
@@ -35,26 +38,68 @@ impl Param {
         let cuts: Vec<Cut> = cuts.into_iter().collect();
         let held: u64 = cuts.iter().map(|c| c.axes.iter().map(|a| a.extent).product::<u64>()).sum();
         let padded = held < shape.iter().product();
-        Param { name: name.into(), shape: shape.to_vec(), cuts, patterns: vec![], padded }
+        Param { name: name.into(), shape: shape.to_vec(), cuts, patterns: vec![], padded, dtype: None }
+    }
+
+    /// The same in fp32.
+    pub fn fp32(self) -> Param {
+        Param { dtype: Some(FP32), ..self }
     }
 }
 
-/// Kinds of slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Section {
-    /// Before the layers.
-    Front,
-    /// A layer.
-    Layer,
-    /// After the layers.
-    Back,
+/// The parameters of the shards of a mesh. Equal in number on all shards.
+#[derive(Clone, Debug, Default)]
+pub struct Section {
+    /// Index of the mesh.
+    pub mesh: usize,
+    /// By shard.
+    pub shards: Vec<Vec<Param>>,
+    /// Every box, rising.
+    boxes: Vec<At>,
+}
+
+/// Where a box is: kind, expert, shard, parameter of the shard, cut of the parameter.
+type At = (usize, u32, u64, u32, u32);
+
+impl Section {
+    /// Cut by a mesh; `shards` are by its shards.
+    pub fn new(mesh: usize, shards: Vec<Vec<Param>>) -> Section {
+        Section { mesh, shards, boxes: vec![] }
+    }
+
+    /// Shards that hold a part of a tensor, rising.
+    pub fn holders(&self, kind: usize, expert: u32) -> impl Iterator<Item = u64> {
+        let first = self.boxes.partition_point(|b| (b.0, b.1) < (kind, expert));
+        self.boxes[first..].iter().take_while(move |b| (b.0, b.1) == (kind, expert)).map(|b| b.2)
+    }
+
+    /// Boxes of a tensor on a shard: the parameter, its number, and what lies where.
+    pub fn boxes(&self, kind: usize, expert: u32, shard: u64) -> impl Iterator<Item = (u32, &Param, &Pattern)> {
+        let wanted = (kind, expert, shard);
+        let first = self.boxes.partition_point(|b| (b.0, b.1, b.2) < wanted);
+        let own = self.boxes[first..].iter().take_while(move |b| (b.0, b.1, b.2) == wanted);
+        own.map(move |&(.., param, cut)| {
+            let p = &self.shards[shard as usize][param as usize];
+            (param, p, &p.patterns[cut as usize])
+        })
+    }
+
+    fn complete(&mut self) {
+        for (shard, params) in (0..).zip(&mut self.shards) {
+            for (at, param) in (0..).zip(params) {
+                param.patterns = param.cuts.iter().map(Cut::pattern).collect();
+                self.boxes.extend((0..).zip(&param.cuts).map(|(i, c)| (c.kind, c.expert, shard, at, i)));
+            }
+        }
+        self.boxes.sort_unstable();
+    }
 }
 
 /// A section's place on the ranks of a stage.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Slot {
-    /// What is there.
-    pub section: Section,
+    /// Index of the section.
+    pub section: usize,
     /// Layer of the model, if it is one.
     pub layer: u64,
     /// Virtual-pipeline chunk.
@@ -67,30 +112,8 @@ pub struct Slot {
 
 impl Slot {
     /// A slot whose row [`Side::new`] will set.
-    pub fn new(section: Section, layer: u64, chunk: u32, prefix: String) -> Slot {
+    pub fn new(section: usize, layer: u64, chunk: u32, prefix: String) -> Slot {
         Slot { section, layer, chunk, prefix, first: 0 }
-    }
-}
-
-/// The parameters of a shard, by section. Equal in names and number on all shards.
-#[derive(Clone, Debug, Default)]
-pub struct Shard {
-    /// Before the layers.
-    pub front: Vec<Param>,
-    /// Of each layer.
-    pub layer: Vec<Param>,
-    /// After the layers.
-    pub back: Vec<Param>,
-}
-
-impl Shard {
-    /// Those of a section.
-    pub fn section(&self, section: Section) -> &[Param] {
-        match section {
-            Section::Front => &self.front,
-            Section::Layer => &self.layer,
-            Section::Back => &self.back,
-        }
     }
 }
 
@@ -109,20 +132,22 @@ pub struct Unused {
 
 /// What a framework's module makes of its part of the spec.
 pub struct Parts {
-    /// The grid.
-    pub mesh: Mesh,
+    /// The grid, and that of the experts if there are any. Equal in stages.
+    pub meshes: Vec<Mesh>,
     /// Communicator ranks by position.
     pub ranks: Vec<u32>,
-    /// DLPack code and bits of all parameters.
+    /// DLPack code and bits of all parameters that do not say otherwise.
     pub dtype: (u8, u8),
+    /// All sections.
+    pub sections: Vec<Section>,
     /// By stage.
     pub stages: Vec<Vec<Slot>>,
-    /// By shard.
-    pub shards: Vec<Shard>,
     /// See [`Unused`].
     pub unused: Vec<Unused>,
     /// What is stripped from the front of a bound name, as often as it stands there.
     pub strip: &'static str,
+    /// Ends of names that other versions have, and what they are here.
+    pub renamed: &'static [(&'static str, &'static str)],
 }
 
 /// One side, ready to be asked.
@@ -131,89 +156,105 @@ pub struct Side {
     pub parts: Parts,
     /// By communicator rank: its position + 1, or 0 if it plays no part.
     positions: Vec<u32>,
-    /// Slots that hold tensors of a part of the model and a layer (0 outside of layers): stage and index of the slot.
-    places: HashMap<(Part, u64), Vec<(u64, usize)>>,
+    /// Slots by kind and, in a layer, layer: stage and index of the slot.
+    places: HashMap<(usize, u64), Vec<(u64, usize)>>,
 }
 
 impl Side {
     /// Completes a side and finds out where everything is. `label` is "source" or "target".
     pub fn new(model: &Model, label: &str, mut parts: Parts) -> Result<Side> {
-        if parts.mesh.len() != parts.ranks.len() as u64 {
-            bail!(
-                RS_ERR_INVALID,
-                "{label}.ranks has {} ranks, the sizes of its parallelisms multiply to {}",
-                parts.ranks.len(),
-                parts.mesh.len()
-            );
-        }
         let mut positions = vec![0; parts.ranks.iter().max().map_or(0, |&r| r as usize + 1)];
         for (at, &rank) in (1..).zip(&parts.ranks) {
             if std::mem::replace(&mut positions[rank as usize], at) != 0 {
                 bail!(RS_ERR_INVALID, "{label}.ranks has rank {rank} twice");
             }
         }
-        let item = u32::from(parts.dtype.1) / 8;
-        for shard in &mut parts.shards {
-            for param in [&mut shard.front, &mut shard.layer, &mut shard.back].into_iter().flatten() {
-                for cut in &param.cuts {
-                    let kind = &model.kinds[cut.kind];
-                    let elements = kind.shape.iter().product();
-                    let tensor = Tensor { name: kind.name.to_string(), shape: kind.shape.clone(), elements };
-                    param.patterns.push(cut.row(item.into()).pattern(&tensor, item)?);
-                }
-            }
-        }
-        let mut places: HashMap<(Part, u64), Vec<(u64, usize)>> = HashMap::new();
+        parts.sections.iter_mut().for_each(Section::complete);
+        let mut places: HashMap<(usize, u64), Vec<(u64, usize)>> = HashMap::new();
         for (stage, slots) in (0..).zip(&mut parts.stages) {
             let mut row = 0;
             for (i, slot) in slots.iter_mut().enumerate() {
                 slot.first = row;
-                let params = parts.shards[0].section(slot.section);
-                row += params.len() as u32;
-                for part in [Part::Front, Part::Layer, Part::Back] {
-                    // Any shard may have padding only.
-                    let of_part = |p: &Param| p.cuts.iter().any(|c| model.kinds[c.kind].part == part);
-                    if parts.shards.iter().any(|s| s.section(slot.section).iter().any(of_part)) {
-                        places.entry((part, if part == Part::Layer { slot.layer } else { 0 })).or_default().push((stage, i));
-                    }
+                let section = &parts.sections[slot.section];
+                row += section.shards[0].len() as u32;
+                let mut kinds: Vec<usize> = section.boxes.iter().map(|b| b.0).collect();
+                kinds.dedup();
+                for kind in kinds {
+                    let layer = if model.kinds[kind].part == Part::Once { 0 } else { slot.layer };
+                    places.entry((kind, layer)).or_default().push((stage, i));
                 }
             }
         }
         Ok(Side { parts, positions, places })
     }
 
-    /// Stage and shard of a communicator rank; `None`: it plays no part.
-    pub fn coords(&self, rank: u32) -> Option<(u64, u64)> {
+    /// Stage and shard of a communicator rank in a mesh; `None`: it plays no part.
+    pub fn coords(&self, mesh: usize, rank: u32) -> Option<(u64, u64)> {
         let position = self.positions.get(rank as usize)?.checked_sub(1)?;
-        Some(self.parts.mesh.coords(position.into()))
+        Some(self.parts.meshes[mesh].coords(position.into()))
+    }
+
+    /// Stage of a communicator rank; `None`: it plays no part.
+    pub fn stage(&self, rank: u32) -> Option<u64> {
+        self.coords(0, rank).map(|c| c.0)
     }
 
     /// Communicator ranks of a stage and shard, rising.
-    pub fn ranks(&self, stage: u64, shard: u64) -> Vec<u32> {
-        let positions = self.parts.mesh.positions(stage, shard);
+    pub fn ranks(&self, mesh: usize, stage: u64, shard: u64) -> Vec<u32> {
+        let positions = self.parts.meshes[mesh].positions(stage, shard);
         let mut out: Vec<u32> = positions.into_iter().map(|p| self.parts.ranks[p as usize]).collect();
         out.sort_unstable();
         out
     }
 
-    /// Where tensors of a part of the model and a layer may be: stage and index of the slot, by stage.
-    pub fn places(&self, part: Part, layer: u64) -> &[(u64, usize)] {
-        self.places.get(&(part, if part == Part::Layer { layer } else { 0 })).map_or(&[], |p| p)
+    /// Where a tensor may be: stage and index of the slot, by stage.
+    pub fn places(&self, id: Id) -> &[(u64, usize)] {
+        self.places.get(&(id.kind, id.layer)).map_or(&[], |p| p)
     }
 
-    /// A rank's parameters in the order of its rows: the slot, its index, the parameter.
-    pub fn params(&self, stage: u64, shard: u64) -> impl Iterator<Item = (&Slot, &Param)> {
-        let shard = &self.parts.shards[shard as usize];
-        self.parts.stages[stage as usize].iter().flat_map(move |slot| shard.section(slot.section).iter().map(move |p| (slot, p)))
+    /// A slot.
+    pub fn slot(&self, (stage, slot): (u64, usize)) -> &Slot {
+        &self.parts.stages[stage as usize][slot]
+    }
+
+    /// A rank's parameters in the order of its rows, each with its slot.
+    pub fn params(&self, rank: u32) -> impl Iterator<Item = (&Slot, &Param)> {
+        let slots = self.stage(rank).map_or(&[][..], |stage| &self.parts.stages[stage as usize]);
+        slots.iter().flat_map(move |slot| {
+            let section = &self.parts.sections[slot.section];
+            let shard = self.coords(section.mesh, rank).map_or(0, |c| c.1);
+            section.shards[shard as usize].iter().map(move |p| (slot, p))
+        })
+    }
+
+    /// Number of a rank's parameters.
+    pub fn count(&self, rank: u32) -> u32 {
+        self.params(rank).count() as u32
+    }
+
+    /// DLPack code and bits of a parameter.
+    pub fn dtype(&self, param: &Param) -> (u8, u8) {
+        param.dtype.unwrap_or(self.parts.dtype)
     }
 
     /// One more than the highest communicator rank.
     pub fn world(&self) -> u32 {
         self.positions.len() as u32
     }
+}
 
-    /// Number of a rank's parameters.
-    pub fn count(&self, rank: u32) -> u32 {
-        self.coords(rank).map_or(0, |(stage, shard)| self.params(stage, shard).count() as u32)
+impl Hash for Param {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // The rest follows from these.
+        (&self.name, &self.shape, &self.cuts, self.dtype).hash(state);
+    }
+}
+
+/// All that tells a side from others.
+impl Hash for Side {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Parts { meshes, ranks, dtype, sections, stages, .. } = &self.parts;
+        (meshes, ranks, dtype, stages).hash(state);
+        sections.iter().for_each(|s| (s.mesh, &s.shards).hash(state));
     }
 }

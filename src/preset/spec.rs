@@ -8,16 +8,18 @@ use super::side::Side;
 use super::{hf, megatron, vllm};
 use crate::abi::*;
 use crate::error::{Error, Result, bail, err};
-use serde::de::{DeserializeOwned, Error as _};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Largest size that a spec may give; products of two stay below 2^63.
-const MOST: u64 = 1 << 28;
+/// Largest size that a spec or a config may give; products of two stay far below 2^63.
+pub const MOST: u64 = 1 << 28;
 
 /// Most ranks of a world.
-const MOST_RANKS: usize = 1 << 20;
+pub const MOST_RANKS: usize = 1 << 20;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -64,11 +66,11 @@ pub struct Spec {
 impl Spec {
     /// Errors name the member.
     pub fn new(text: &str) -> Result<Spec> {
-        let value: Value = serde_json::from_str(text).map_err(|e| err!(RS_ERR_INVALID, "the spec is no JSON: {e}"))?;
+        let Strict(value) = serde_json::from_str(text).map_err(|e| err!(RS_ERR_INVALID, "the spec is not valid JSON: {e}"))?;
         let text: Text = take("spec", value)?;
         let model = Model::new(&text.model)?;
-        let (source, a) = side("source", &model, text.source, false)?;
-        let (target, b) = side("target", &model, text.target, true)?;
+        let source = side("source", &model, text.source, false)?;
+        let target = side("target", &model, text.target, true)?;
         if source.parts.dtype != target.parts.dtype {
             bail!(
                 RS_ERR_UNSUPPORTED,
@@ -87,9 +89,11 @@ impl Spec {
                 bail!(RS_ERR_INVALID, "link_gb_per_s: both rates must be above 0");
             }
         }
-        // What makes the world: the numbers, not how they were written.
-        let meaning =
-            serde_json::to_string(&(&model, a, b)).map_err(|e| err!(RS_ERR_INTERNAL, "a spec could not be written: {e}"))?;
+        // What makes the world, not how it was written.
+        let mut meaning = Words::default();
+        model.hash(&mut meaning);
+        source.hash(&mut meaning);
+        target.hash(&mut meaning);
         Ok(Spec {
             model,
             source,
@@ -98,35 +102,24 @@ impl Spec {
             links: text.link_gb_per_s,
             ignore: text.ignore,
             // 0 stands for tables.
-            digest: xxh3_64(meaning.as_bytes()).max(1),
+            digest: meaning.finish().max(1),
         })
     }
 }
 
-/// A side, and all that tells it from others.
-fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) -> Result<(Side, Value)> {
-    let context = |e: Error| e.context(label);
+fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) -> Result<Side> {
     let framework = match text.remove("framework") {
         Some(Value::String(name)) => name,
         _ => bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\""),
     };
-    fn with<O: DeserializeOwned + Serialize>(
-        label: &str,
-        text: Map<String, Value>,
-        parts: impl FnOnce(&O) -> Result<super::side::Parts>,
-    ) -> Result<(super::side::Parts, Value)> {
-        let options: O = take(label, Value::Object(text))?;
-        let meaning = serde_json::to_value(&options).map_err(|e| err!(RS_ERR_INTERNAL, "{e}"))?;
-        parts(&options).map(|p| (p, meaning)).map_err(|e| e.context(label))
-    }
-    let (parts, meaning) = match framework.as_str() {
-        "megatron" => with(label, text, |o| megatron::parts(model, o, target)),
-        "vllm" => with(label, text, |o| vllm::parts(model, o)),
-        "hf" => with(label, text, |o| hf::parts(model, o)),
+    let text = Value::Object(text);
+    let parts = match framework.as_str() {
+        "megatron" => megatron::parts(model, &take(label, text)?, target),
+        "vllm" => vllm::parts(model, &take(label, text)?),
+        "hf" => hf::parts(model, &take(label, text)?),
         other => bail!(RS_ERR_UNSUPPORTED, "{label}.framework is \"{other}\"; there are \"megatron\", \"vllm\" and \"hf\""),
-    }?;
-    let side = Side::new(model, label, parts).map_err(context)?;
-    Ok((side, Value::Array(vec![framework.into(), meaning])))
+    };
+    parts.and_then(|p| Side::new(model, label, p)).map_err(|e: Error| e.context(label))
 }
 
 /// A value as a struct; errors name the member.
@@ -150,13 +143,98 @@ pub fn size(member: &str, n: u64) -> Result<u64> {
     Ok(n)
 }
 
+/// Refuses a parallel size that does not divide what a framework wants it to.
+pub fn divides(framework: &str, member: &str, by: u64, sizes: &[(&str, u64)]) -> Result<()> {
+    let wrong: Vec<String> = sizes.iter().filter(|s| s.1 % by != 0).map(|(what, n)| format!("{what} {n}")).collect();
+    if !wrong.is_empty() {
+        bail!(RS_ERR_UNSUPPORTED, "{member} {by}: {framework} wants it to divide {}", wrong.join(" and "));
+    }
+    Ok(())
+}
+
 /// A side's dtype: that of the member, else the model's.
 pub fn dtype(member: &str, given: Option<&str>, model: &Model) -> Result<(u8, u8)> {
     given.map_or(Ok(model.dtype), |name| model::dtype(&Value::from(name)).map_err(|e| e.context(member)))
 }
 
+/// A hasher of many small numbers.
+#[derive(Default)]
+struct Words(Vec<u8>);
+
+impl Hasher for Words {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        xxh3_64(&self.0)
+    }
+}
+
+/// JSON in which no member is given twice: one of the two would not count.
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Strict, D::Error> {
+        from.deserialize_any(StrictVisitor).map(Strict)
+    }
+}
+
+struct StrictVisitor;
+
+impl<'de> Visitor<'de> for StrictVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a world spec")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Value, A::Error> {
+        let mut out = Map::new();
+        while let Some((key, Strict(value))) = map.next_entry::<String, Strict>()? {
+            if out.contains_key(&key) {
+                return Err(A::Error::custom(format!("member \"{key}\" is given twice")));
+            }
+            out.insert(key, value);
+        }
+        Ok(Value::Object(out))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Value, A::Error> {
+        let mut out = vec![];
+        while let Some(Strict(value)) = list.next_element()? {
+            out.push(value);
+        }
+        Ok(Value::Array(out))
+    }
+
+    fn visit_bool<E>(self, v: bool) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_u64<E>(self, v: u64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_i64<E>(self, v: i64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_f64<E>(self, v: f64) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_str<E>(self, v: &str) -> std::result::Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_unit<E>(self) -> std::result::Result<Value, E> {
+        Ok(Value::Null)
+    }
+}
+
 /// Communicator ranks: `"0-3,8"` or a list.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub struct Ranks(pub Vec<u32>);
 
 impl<'de> Deserialize<'de> for Ranks {
@@ -195,7 +273,7 @@ impl<'de> Deserialize<'de> for Ranks {
 }
 
 /// Numbers: `"7,7,8"` or a list.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub struct List(pub Vec<u64>);
 
 impl<'de> Deserialize<'de> for List {

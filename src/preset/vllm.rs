@@ -1,21 +1,23 @@
 //! vLLM's parameters, as `named_parameters()` of a worker's model lists them after loading, unquantised.
 //!
-//! From vLLM 0.11 to 0.33: model_executor/models/{llama,qwen2,qwen3}.py, layers/linear.py (QKVParallelLinear,
-//! MergedColumnParallelLinear, RowParallelLinear), layers/vocab_parallel_embedding.py, distributed/utils.py (get_pp_indices),
-//! distributed/parallel_state.py (order of ranks).
+//! From vLLM 0.11 to 0.33: model_executor/models/{llama,qwen2,qwen3,mixtral,qwen2_moe,qwen3_moe,deepseek_v2}.py, layers/linear.py
+//! (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear), layers/fused_moe/layer.py, layers/vocab_parallel_embedding.py,
+//! distributed/utils.py (get_pp_indices), distributed/parallel_state.py (order of ranks).
 #![forbid(unsafe_code)]
 
-use super::cut::{self, Heads};
+use super::cut;
+use super::experts::{self, Storage};
 use super::mesh::{Axis, Mesh};
-use super::model::{Model, names};
-use super::side::{Param, Parts, Section, Shard, Slot};
-use super::spec::{List, Ranks, one, size};
+use super::model::{Attention, LayerType, MOST_ELEMENTS, Model, names};
+use super::shard::{Shard, final_norm, vocab};
+use super::side::{Param, Parts, Section, Slot};
+use super::spec::{List, Ranks, divides, one, size};
 use crate::abi::*;
 use crate::error::{Result, bail};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 /// Members of a side of the framework `vllm`.
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
     ranks: Ranks,
@@ -28,6 +30,16 @@ pub struct Options {
     /// Independent engines.
     #[serde(default = "one")]
     replicas: u64,
+    #[serde(default)]
+    enable_expert_parallel: bool,
+    #[serde(default)]
+    expert_placement_strategy: Option<Strategy>,
+    /// Experts by slot, on the ranks of an engine one after the other: for all layers.
+    #[serde(default)]
+    physical_to_logical_map: Option<Vec<Vec<u32>>>,
+    /// How w13 and w2 lie after loading.
+    #[serde(default)]
+    expert_storage: Option<Storage>,
     /// Layers of each stage.
     #[serde(default, rename = "VLLM_PP_LAYER_PARTITION")]
     partition: Option<List>,
@@ -38,9 +50,26 @@ pub struct Options {
     dtype: Option<String>,
 }
 
+/// Which rank has which expert.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Strategy {
+    #[default]
+    Linear,
+    RoundRobin,
+}
+
 fn padding() -> u64 {
     64
 }
+
+/// Indices of sections.
+const FRONT: usize = 0;
+const BACK: usize = 1;
+const DENSE: usize = 2;
+const MOE: usize = 3;
+/// The first of the sections of experts: one for all layers, or one a layer.
+const EXPERTS: usize = 4;
 
 /// What each rank holds.
 pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
@@ -48,45 +77,84 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
     let pp = size("pipeline_parallel_size", o.pipeline_parallel_size)?;
     let dp = size("data_parallel_size", o.data_parallel_size)?;
     let replicas = size("replicas", o.replicas)?;
-    let padding = size("vocab_padding_size", o.vocab_padding_size)?;
-    let padded = model.vocab.next_multiple_of(padding);
-    let mut wrong = vec![];
-    let mut divides = |what: &str, n: u64| {
-        if n % tp != 0 {
-            wrong.push(format!("{what} {n}"));
+    let ranks = o.ranks.0.len();
+    let mut meshes = vec![Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Copy, dp), (Axis::Copy, replicas)], ranks)?];
+    for (member, given) in [
+        ("enable_expert_parallel", o.enable_expert_parallel),
+        ("expert_placement_strategy", o.expert_placement_strategy.is_some()),
+        ("physical_to_logical_map", o.physical_to_logical_map.is_some()),
+        ("expert_storage", o.expert_storage.is_some()),
+    ] {
+        if given && model.moe.is_none() {
+            bail!(RS_ERR_INVALID, "{member} is for models with experts; {} has none", model.architecture);
         }
-    };
-    divides("num_attention_heads", model.heads);
-    divides("intermediate_size", model.ffn);
-    divides("vocab_size padded by vocab_padding_size to", padded);
-    if !wrong.is_empty() {
-        bail!(RS_ERR_UNSUPPORTED, "tensor_parallel_size {tp}: vLLM wants it to divide {}", wrong.join(" and "));
     }
-    if model.kv_heads % tp != 0 && tp % model.kv_heads != 0 {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "tensor_parallel_size {tp}: vLLM wants num_key_value_heads {} to be a multiple or a divisor of it",
-            model.kv_heads
-        );
+    let padded = model.vocab.next_multiple_of(size("vocab_padding_size", o.vocab_padding_size)?);
+    // Sequence-parallel experts: DeepSeek's shared ones are then whole on each rank.
+    let whole = o.enable_expert_parallel && tp > 1 && dp > 1 && model.architecture.starts_with("Deepseek");
+    check(model, padded, whole, tp)?;
+    let oss = model.moe.as_ref().is_some_and(|m| m.fused);
+    let embedding = if oss { "model.embedding.weight" } else { names::EMBED };
+    let mut sections = vec![
+        Section::new(0, (0..tp).map(|r| vec![vocab(model, embedding, names::EMBED, padded, r, tp)]).collect()),
+        Section::new(0, (0..tp).map(|r| back(model, padded, pp > 1 && !everywhere(model), r, tp)).collect()),
+    ];
+    for layer in [LayerType::Dense, LayerType::Moe] {
+        let shard = |r| match model.layers.contains(&layer) {
+            true => layer_params(&Shard { model, layer, r, t: tp }, whole),
+            false => vec![],
+        };
+        sections.push(Section::new(0, (0..tp).map(shard).collect()));
     }
-    if model.architecture == "Qwen2ForCausalLM" && model.heads * model.head_dim != model.hidden {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "model.head_dim {}: vLLM's Qwen2 ignores it and uses hidden_size / num_attention_heads, {}/{}",
-            model.head_dim,
-            model.hidden,
-            model.heads
-        );
+    if model.moe.is_some() {
+        meshes.push(Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Shard, dp), (Axis::Copy, replicas)], ranks)?);
+        sections.extend(expert_sections(model, o, tp * dp)?);
     }
     Ok(Parts {
-        mesh: Mesh::new(tp, &[(Axis::Stage, pp), (Axis::Copy, dp), (Axis::Copy, replicas)]),
+        stages: stages(model, &layers(model.layers.len() as u64, pp, o.partition.as_ref())?, sections.len() - EXPERTS),
+        meshes,
         ranks: o.ranks.0.clone(),
         dtype: super::spec::dtype("dtype", o.dtype.as_deref(), model)?,
-        stages: stages(&layers(model.layers, pp, o.partition.as_ref())?),
-        shards: (0..tp).map(|r| shard(model, padded, pp > 1, r, tp)).collect(),
+        sections,
         unused: vec![],
         strip: "",
+        // Before 0.24.
+        renamed: &[
+            (".experts.w13_weight", ".experts.routed_experts.w13_weight"),
+            (".experts.w2_weight", ".experts.routed_experts.w2_weight"),
+            (".experts.w13_bias", ".experts.routed_experts.w13_bias"),
+            (".experts.w2_bias", ".experts.routed_experts.w2_bias"),
+        ],
     })
+}
+
+/// What vLLM forbids.
+fn check(model: &Model, padded: u64, whole: bool, tp: u64) -> Result<()> {
+    let mut sizes = model.cut_sizes(!whole);
+    sizes.push(("vocab_size padded by vocab_padding_size to", padded));
+    divides("vLLM", "tensor_parallel_size", tp, &sizes)?;
+    if let Attention::Grouped(h) = model.attention {
+        if h.kv % tp != 0 && tp % h.kv != 0 {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "tensor_parallel_size {tp}: vLLM wants num_key_value_heads {} to be a multiple or a divisor of it",
+                h.kv
+            );
+        }
+        if model.architecture.starts_with("Qwen2") && h.q * h.dim != model.hidden {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "model.head_dim {}: vLLM's Qwen2 ignores it and uses hidden_size / num_attention_heads, {}/{}",
+                h.dim,
+                model.hidden,
+                h.q
+            );
+        }
+    }
+    if padded.saturating_mul(model.hidden) > MOST_ELEMENTS {
+        bail!(RS_ERR_INVALID, "vocab_padding_size: a vocabulary of {padded} rows is too large");
+    }
+    Ok(())
 }
 
 /// Layers of each stage: what does not divide goes, one layer each, to the stages before the last, from behind.
@@ -107,17 +175,28 @@ fn layers(all: u64, pp: u64, partition: Option<&List>) -> Result<Vec<u64>> {
     Ok((0..pp).map(|p| all / pp + u64::from(p + 1 < pp && p + 1 + rest >= pp)).collect())
 }
 
-fn stages(counts: &[u64]) -> Vec<Vec<Slot>> {
+fn stages(model: &Model, counts: &[u64], expert_sections: usize) -> Vec<Vec<Slot>> {
+    let everywhere = everywhere(model);
     let mut next = 0;
+    let mut moe = 0;
     let mut out = vec![];
     for (stage, &count) in counts.iter().enumerate() {
         let mut slots = vec![];
-        if stage == 0 {
-            slots.push(Slot::new(Section::Front, 0, 0, String::new()));
+        if stage == 0 || everywhere {
+            slots.push(Slot::new(FRONT, 0, 0, String::new()));
         }
-        slots.extend((next..next + count).map(|l| Slot::new(Section::Layer, l, 0, format!("model.layers.{l}."))));
-        if stage + 1 == counts.len() {
-            slots.push(Slot::new(Section::Back, 0, 0, String::new()));
+        for layer in next..next + count {
+            let prefix = || format!("model.layers.{layer}.");
+            if model.layers[layer as usize] == LayerType::Dense {
+                slots.push(Slot::new(DENSE, layer, 0, prefix()));
+                continue;
+            }
+            slots.push(Slot::new(MOE, layer, 0, prefix()));
+            slots.push(Slot::new(EXPERTS + moe % expert_sections, layer, 0, prefix()));
+            moe += 1;
+        }
+        if stage + 1 == counts.len() || everywhere {
+            slots.push(Slot::new(BACK, 0, 0, String::new()));
         }
         next += count;
         out.push(slots);
@@ -125,45 +204,154 @@ fn stages(counts: &[u64]) -> Vec<Vec<Slot>> {
     out
 }
 
-fn shard(model: &Model, padded: u64, staged: bool, r: u64, t: u64) -> Shard {
-    let (h, kind) = (model.hidden, |name: &str| model.kind(name));
-    let heads = Heads { q: model.heads, kv: model.kv_heads, dim: model.head_dim };
-    let vocab = |param: &str, name: &str| Param::new(param, &[padded / t, h], cut::vocab(kind(name), model.vocab, padded, h, r, t));
-    let norm = |name: &str| {
-        let kind = kind(name);
-        let n = model.kinds[kind].shape[0];
-        Param::new(name, &[n], cut::rows(kind, n, 0, n, 1, 0))
+/// The experts of all layers, or with a map of each, over the `ranks` of a stage of an engine.
+fn expert_sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section>> {
+    let Some(moe) = &model.moe else { return Ok(vec![]) };
+    let storage = o.expert_storage.unwrap_or(Storage::Stacked);
+    if moe.fused && storage != Storage::Stacked {
+        bail!(RS_ERR_UNSUPPORTED, "expert_storage: {} is built stacked only", model.architecture);
+    }
+    let prefix = format!("{}.experts.routed_experts", moe.block);
+    let fused = ["w13_weight", "w13_bias", "w2_weight", "w2_bias"].map(|n| format!("{prefix}.{n}"));
+    let params = |slots: &[u32], cut: (u64, u64)| match moe.fused {
+        true => experts::fused(model, moe, fused.each_ref().map(String::as_str), slots, cut),
+        false => experts::params(model, moe, storage, [&fused[0], &fused[2]], slots, cut),
     };
-    let qkv_rows = (heads.q / t + 2 * (heads.kv / t).max(1)) * heads.dim;
-    let mut layer = vec![
-        norm(names::INPUT_NORM),
-        Param::new("self_attn.qkv_proj.weight", &[qkv_rows, h], cut::qkv_stacked(names::QKV.map(kind), heads, h, r, t)),
-    ];
-    if model.qkv_bias {
-        layer.push(Param::new("self_attn.qkv_proj.bias", &[qkv_rows], cut::qkv_stacked(names::QKV_BIAS.map(kind), heads, 1, r, t)));
+    if !matches!(storage, Storage::Stacked | Storage::StackedSwapped | Storage::StackedTransposed) {
+        bail!(RS_ERR_INVALID, "expert_storage: vLLM's are stacked, stacked_swapped and stacked_transposed");
     }
-    if model.qk_norm {
-        layer.extend([norm(names::Q_NORM), norm(names::K_NORM)]);
+    if !o.enable_expert_parallel {
+        if o.physical_to_logical_map.is_some() || o.expert_placement_strategy.is_some_and(|s| s != Strategy::Linear) {
+            bail!(
+                RS_ERR_INVALID,
+                "physical_to_logical_map and expert_placement_strategy go with enable_expert_parallel, which is not set"
+            );
+        }
+        if moe.ffn % ranks != 0 {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "without enable_expert_parallel vLLM cuts experts over tensor_parallel_size * data_parallel_size = {ranks} ranks, which \
+                 must divide their intermediate size {}",
+                moe.ffn
+            );
+        }
+        let all: Vec<u32> = (0..moe.experts as u32).collect();
+        return Ok(vec![Section::new(1, (0..ranks).map(|x| params(&all, (x, ranks))).collect())]);
     }
-    let q = heads.q * heads.dim;
-    layer.extend([
-        Param::new(names::O, &[h, q / t], [cut::columns(kind(names::O), h, q, r, t)]),
-        norm(names::POST_NORM),
-        Param::new(
-            "mlp.gate_up_proj.weight",
-            &[2 * model.ffn / t, h],
-            cut::glu([names::GATE, names::UP].map(kind), model.ffn, h, r, t),
-        ),
-        Param::new(names::DOWN, &[h, model.ffn / t], [cut::columns(kind(names::DOWN), h, model.ffn, r, t)]),
-    ]);
-    let mut back = vec![norm(names::NORM)];
-    match (model.tied, staged) {
-        (false, _) => back.push(vocab(names::HEAD, names::HEAD)),
-        // The last stage has an embedding of its own for its head.
-        (true, true) => back.push(vocab(names::EMBED, names::EMBED)),
-        (true, false) => {}
+    let section = |slots: &[Vec<u32>]| Section::new(1, slots.iter().map(|s| params(s, (0, 1))).collect());
+    if moe.experts < ranks {
+        bail!(RS_ERR_UNSUPPORTED, "enable_expert_parallel: {} experts on {ranks} ranks leave some without any", moe.experts);
     }
-    Shard { front: vec![vocab(names::EMBED, names::EMBED)], layer, back }
+    if o.physical_to_logical_map.is_some() && o.expert_placement_strategy == Some(Strategy::RoundRobin) {
+        bail!(RS_ERR_INVALID, "physical_to_logical_map contradicts expert_placement_strategy round_robin");
+    }
+    let Some(maps) = &o.physical_to_logical_map else {
+        return Ok(vec![section(&match o.expert_placement_strategy.unwrap_or_default() {
+            Strategy::Linear => experts::linear(moe.experts, ranks),
+            Strategy::RoundRobin => experts::round_robin(moe.experts, ranks),
+        })]);
+    };
+    let moe_layers = model.layers.iter().filter(|&&l| l == LayerType::Moe).count();
+    if maps.len() != moe_layers {
+        bail!(RS_ERR_INVALID, "physical_to_logical_map has {} lists, the model {moe_layers} layers with experts", maps.len());
+    }
+    let mut out = vec![];
+    for (i, map) in maps.iter().enumerate() {
+        let mut seen = vec![false; moe.experts as usize];
+        for &e in map {
+            match seen.get_mut(e as usize) {
+                Some(seen) => *seen = true,
+                None => bail!(RS_ERR_INVALID, "physical_to_logical_map[{i}] names expert {e} of {}", moe.experts),
+            }
+        }
+        if map.len() as u64 % ranks != 0 || seen.contains(&false) {
+            bail!(
+                RS_ERR_INVALID,
+                "physical_to_logical_map[{i}] has {} slots: it must name every expert, and be a multiple of the {ranks} ranks that share \
+                 the experts",
+                map.len()
+            );
+        }
+        let per_rank = map.len() / ranks as usize;
+        out.push(section(&map.chunks(per_rank).map(<[u32]>::to_vec).collect::<Vec<_>>()));
+    }
+    Ok(out)
+}
+
+/// These models have embedding, final norm and head on every stage.
+fn everywhere(model: &Model) -> bool {
+    ["Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss"].iter().any(|a| model.architecture.starts_with(a))
+}
+
+/// `copy`: whether the last stage of a model with tied embeddings has an embedding of its own for its head.
+fn back(model: &Model, padded: u64, copy: bool, r: u64, t: u64) -> Vec<Param> {
+    let mut out = vec![final_norm(model, names::NORM)];
+    match model.tied {
+        false => out.push(vocab(model, names::HEAD, names::HEAD, padded, r, t)),
+        true if copy => out.push(vocab(model, names::EMBED, names::EMBED, padded, r, t)),
+        true => {}
+    }
+    out
+}
+
+/// A shard of a layer, but for its routed experts. `whole`: whether shared experts are not cut.
+fn layer_params(shard: &Shard<'_>, whole: bool) -> Vec<Param> {
+    let Shard { model, layer, r, t } = *shard;
+    let same = |name: &str| shard.whole(name, name);
+    let attn = if model.moe.as_ref().is_some_and(|m| m.fused) { "attn" } else { "self_attn" };
+    let mut out = vec![same(names::INPUT_NORM)];
+    match &model.attention {
+        Attention::Grouped(a) => {
+            let rows = (a.q / t + 2 * (a.kv / t).max(1)) * a.dim;
+            let qkv = |of: [&str; 3], width: u64| cut::qkv_stacked(of.map(|n| shard.kind(n)), *a, width, r, t);
+            out.push(Param::new(format!("{attn}.qkv_proj.weight"), &[rows, model.hidden], qkv(names::QKV, model.hidden)));
+            if a.bias {
+                out.push(Param::new(format!("{attn}.qkv_proj.bias"), &[rows], qkv(names::QKV_BIAS, 1)));
+            }
+            if a.out_bias {
+                out.push(shard.whole(&format!("{attn}.o_proj.bias"), names::O_BIAS));
+            }
+            if a.sinks {
+                out.push(shard.rows(&format!("{attn}.sinks"), names::SINKS));
+            }
+            if a.norm {
+                out.extend([same(names::Q_NORM), same(names::K_NORM)]);
+            }
+        }
+        Attention::Latent(a) => {
+            match a.q_lora {
+                Some(_) => {
+                    out.push(shard.stacked("self_attn.fused_qkv_a_proj.weight", &[names::Q_A, names::KV_A]));
+                    out.extend([same(names::Q_A_NORM), shard.rows(names::Q_B, names::Q_B)]);
+                }
+                None => out.extend([shard.rows(names::Q, names::Q), same(names::KV_A)]),
+            }
+            out.extend([same(names::KV_A_NORM), shard.rows(names::KV_B, names::KV_B)]);
+        }
+    }
+    out.extend([shard.columns(&format!("{attn}.o_proj.weight"), names::O), same(names::POST_NORM)]);
+    let Some(moe) = model.moe.as_ref().filter(|_| layer == LayerType::Moe) else {
+        let [gate, up, down] = names::MLP;
+        out.extend([shard.glu("mlp.gate_up_proj.weight", gate, up), shard.columns(down, down)]);
+        return out;
+    };
+    out.push(same(&moe.router()));
+    if moe.fused {
+        out.push(same(names::ROUTER_BIAS));
+    }
+    if moe.correction {
+        out.push(same(&moe.correction_name()));
+    }
+    if moe.shared > 0 {
+        let shard = if whole { &Shard { r: 0, t: 1, ..*shard } } else { shard };
+        let [gate, up, down] = moe.shared_names();
+        let name = format!("{}.{}.gate_up_proj.weight", moe.block, moe.shared_name);
+        out.extend([shard.glu(&name, &gate, &up), shard.columns(&down, &down)]);
+    }
+    if moe.shared_gate {
+        out.push(same(&moe.shared_gate_name()));
+    }
+    out
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
 //! Both sides of a world, as a planner asks for them: who holds the tensors of a kind, found from coordinates.
 //!
-//! A tensor's *places* are the stages that hold it. Tensors of one kind with the same places lie alike on all ranks, but for the rows of
-//! their buffers; ranks with the same coordinates hold the same and form one [`Group`].
+//! A tensor's *places* are the stages that hold it. Tensors of one kind and expert with the same places lie alike on all ranks, but for
+//! the rows of their buffers; ranks with the same coordinates hold the same and form one [`Group`].
 #![forbid(unsafe_code)]
 
-use super::model::{Model, Part};
-use super::side::{Param, Section, Side};
+use super::model::{Id, Model, Part};
+use super::side::{Param, Side};
 use super::spec::Spec;
 use crate::error::Result;
 use crate::geom::Pattern;
@@ -19,11 +19,16 @@ pub struct World {
     pub spec: Spec,
 }
 
-/// Stage, and what its parameters belong to.
-pub type Place = (u64, Section);
+/// Stage and section.
+pub type Place = (u64, usize);
 
-/// What tells how a tensor lies from how others do: its kind, and its places as source and as target.
-pub type Likeness = (usize, [SmallVec<[Place; 2]>; 2]);
+/// What tells how a tensor lies from how others do: its kind and expert, and its places as source and as target.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Likeness {
+    kind: usize,
+    expert: u32,
+    places: [SmallVec<[Place; 2]>; 2],
+}
 
 /// Ranks that hold and want the same of a tensor: their stage and shard as source and as target, where they have a part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,80 +75,99 @@ impl World {
 
     /// All logical tensors, by ordinal.
     pub fn tensors(&self) -> Vec<Tensor> {
-        let model = self.model();
-        let tensor = |(kind, layer): (usize, u64)| {
-            let shape = model.kinds[kind].shape.clone();
-            Tensor { name: model.name(kind, layer), elements: shape.iter().product(), shape }
+        let tensor = |id: Id| {
+            let shape = self.model().kinds[id.kind].shape.clone();
+            Tensor { name: self.model().name(id), elements: shape.iter().product(), shape }
         };
-        model.all().map(tensor).collect()
+        self.model().all().map(tensor).collect()
     }
 
-    /// Tensors that a rank has a part of on either side, by ordinal: (ordinal, kind, layer).
-    pub fn tensors_of(&self, rank: u32) -> BTreeSet<(u32, usize, u64)> {
+    /// The tensor of a box in a slot of that layer.
+    pub fn id(&self, kind: usize, layer: u64, expert: u32) -> Id {
+        Id { kind, layer: if self.model().kinds[kind].part == Part::Once { 0 } else { layer }, expert }
+    }
+
+    /// Tensors that a rank has a part of on either side, by ordinal.
+    pub fn tensors_of(&self, rank: u32) -> BTreeSet<(u32, Id)> {
         let mut out = BTreeSet::new();
         for side in self.sides() {
-            let Some((stage, shard)) = side.coords(rank) else { continue };
-            for (slot, param) in side.params(stage, shard) {
-                for cut in &param.cuts {
-                    let layer = if self.model().kinds[cut.kind].part == Part::Layer { slot.layer } else { 0 };
-                    out.insert((self.model().ordinal(cut.kind, layer) as u32, cut.kind, layer));
-                }
+            for (slot, param) in side.params(rank) {
+                out.extend(param.cuts.iter().map(|c| {
+                    let id = self.id(c.kind, slot.layer, c.expert);
+                    (self.model().ordinal(id), id)
+                }));
             }
         }
         out
     }
 
     /// How a tensor lies.
-    pub fn likeness(&self, kind: usize, layer: u64) -> Likeness {
-        let part = self.model().kinds[kind].part;
-        let places = |side: &Side| {
-            let list = side.places(part, layer).iter();
-            list.map(|&(stage, slot)| (stage, side.parts.stages[stage as usize][slot].section)).collect()
-        };
-        (kind, self.sides().map(places))
+    pub fn likeness(&self, id: Id) -> Likeness {
+        let places = |side: &Side| side.places(id).iter().map(|&p| (p.0, side.slot(p).section)).collect();
+        Likeness { kind: id.kind, expert: id.expert, places: self.sides().map(places) }
+    }
+
+    /// Shape of tensors that lie so.
+    pub fn shape(&self, like: &Likeness) -> &[u64] {
+        &self.model().kinds[like.kind].shape
     }
 
     /// First row of each place of a tensor on a side's ranks.
-    pub fn rows(&self, side: usize, kind: usize, layer: u64) -> SmallVec<[u32; 2]> {
+    pub fn rows(&self, side: usize, id: Id) -> SmallVec<[u32; 2]> {
         let side = self.sides()[side];
-        let places = side.places(self.model().kinds[kind].part, layer).iter();
-        places.map(|&(stage, slot)| side.parts.stages[stage as usize][slot].first).collect()
+        side.places(id).iter().map(|&p| side.slot(p).first).collect()
     }
 
     /// What the ranks at `coords` of a side hold of a tensor that lies so.
     pub fn holds(&self, side: usize, like: &Likeness, (stage, shard): (u64, u64)) -> SmallVec<[Hold<'_>; 4]> {
         let mut out = SmallVec::new();
-        for (place, &(at, section)) in (0..).zip(&like.1[side]) {
+        for (place, &(at, section)) in (0..).zip(&like.places[side]) {
             if at != stage {
                 continue;
             }
-            for (row, param) in (0..).zip(self.sides()[side].parts.shards[shard as usize].section(section)) {
-                let of_kind = param.cuts.iter().zip(&param.patterns).filter(|(c, _)| c.kind == like.0);
-                out.extend(of_kind.map(|(_, pattern)| Hold { place, row, param, pattern }));
-            }
+            let own = self.sides()[side].parts.sections[section].boxes(like.kind, like.expert, shard);
+            out.extend(own.map(|(row, param, pattern)| Hold { place, row, param, pattern }));
         }
         out
     }
 
+    /// Shards that hold a part of a tensor that lies so at a stage of a side, rising, and the mesh that they are of.
+    fn holders(&self, side: usize, like: &Likeness, stage: u64) -> (usize, SmallVec<[u64; 16]>) {
+        let mut shards: SmallVec<[u64; 16]> = SmallVec::new();
+        let mut mesh = 0;
+        for &(_, section) in like.places[side].iter().filter(|p| p.0 == stage) {
+            let section = &self.sides()[side].parts.sections[section];
+            mesh = section.mesh;
+            shards.extend(section.holders(like.kind, like.expert));
+        }
+        shards.sort_unstable();
+        shards.dedup();
+        (mesh, shards)
+    }
+
     /// All ranks that have a part of a tensor that lies so, by coordinates.
     pub fn groups(&self, like: &Likeness) -> Vec<Group> {
+        let stages = |side: usize| {
+            let mut stages: SmallVec<[u64; 2]> = like.places[side].iter().map(|p| p.0).collect();
+            stages.dedup();
+            stages.into_iter().map(|stage| (stage, self.holders(side, like, stage))).collect::<SmallVec<[_; 2]>>()
+        };
+        let found = [stages(0), stages(1)];
+        // Where a rank found on one side is on the other.
         let at = |side: usize, rank: u32| {
-            let coords = self.sides()[side].coords(rank)?;
-            (like.1[side].iter().any(|p| p.0 == coords.0) && !self.holds(side, like, coords).is_empty()).then_some(coords)
+            found[side].iter().find_map(|(stage, (mesh, shards))| {
+                let coords = self.sides()[side].coords(*mesh, rank)?;
+                (coords.0 == *stage && shards.binary_search(&coords.1).is_ok()).then_some(coords)
+            })
         };
         let mut out: Vec<Group> = vec![];
         for side in [0, 1] {
-            let mut stages: SmallVec<[u64; 2]> = like.1[side].iter().map(|p| p.0).collect();
-            stages.dedup();
-            for stage in stages {
-                for shard in 0..self.sides()[side].parts.mesh.shard.size {
-                    if self.holds(side, like, (stage, shard)).is_empty() {
-                        continue;
-                    }
+            for (stage, (mesh, shards)) in &found[side] {
+                for &shard in shards {
                     let first = out.len();
-                    for rank in self.sides()[side].ranks(stage, shard) {
+                    for rank in self.sides()[side].ranks(*mesh, *stage, shard) {
                         let mut coords = [None, None];
-                        coords[side] = Some((stage, shard));
+                        coords[side] = Some((*stage, shard));
                         coords[1 - side] = at(1 - side, rank);
                         if side == 1 && coords[0].is_some() {
                             continue; // found from its source's side
@@ -161,8 +185,7 @@ impl World {
 
     /// Name of a rank's parameter by its row on a side; `None` if there is none.
     pub fn param_name(&self, side: usize, rank: u32, row: u32) -> Option<String> {
-        let (stage, shard) = self.sides()[side].coords(rank)?;
-        let (slot, param) = self.sides()[side].params(stage, shard).nth(row as usize)?;
+        let (slot, param) = self.sides()[side].params(rank).nth(row as usize)?;
         Some(format!("{}{}", slot.prefix, param.name))
     }
 }

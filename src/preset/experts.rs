@@ -1,0 +1,142 @@
+//! How the routed experts of a layer are stored.
+//!
+//! From Megatron-core 0.12 to 0.16: transformer/moe/experts.py (TEGroupedMLP, SequentialMLP, GroupedMLP); vLLM 0.11 to 0.33:
+//! fused_moe/layer.py; vllm-ascend, which transposes after loading.
+#![forbid(unsafe_code)]
+
+use super::cut::{self, Cut, Span};
+use super::model::{LayerType, Model, Moe, Part, names};
+use super::side::Param;
+use serde::Deserialize;
+
+/// Who stores experts, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// Megatron's TEGroupedMLP: `linear_fc1.weight{j}` and `linear_fc2.weight{j}`.
+    TeGrouped,
+    /// Megatron's SequentialMLP: `local_experts.{j}`.
+    Sequential,
+    /// Megatron's legacy GroupedMLP: `weight1` and `weight2`, whose memory is transposed expert by expert.
+    Grouped,
+    /// vLLM's w13 and w2.
+    Stacked,
+    /// vLLM's w13 with up before gate, as FlashInfer's CUTLASS kernels want it.
+    StackedSwapped,
+    /// vllm-ascend's w13 and w2, transposed.
+    StackedTransposed,
+}
+
+/// Parameters that hold `slots` (experts by slot) of a layer, shard `x` of `t` of each.
+pub fn params(model: &Model, moe: &Moe, storage: Storage, names: [&str; 2], slots: &[u32], (x, t): (u64, u64)) -> Vec<Param> {
+    let part = Part::Expert(LayerType::Moe);
+    let [gate, up, down] = moe.expert_names().map(|n| model.kind(part, &n));
+    let (h, ffn, local) = (model.hidden, moe.ffn, moe.ffn / t);
+    let count = slots.len() as u64;
+    let each = || (0..).zip(slots);
+    // Gate over up of one expert, and its down projection.
+    let fc1 = |kinds| cut::glu(kinds, ffn, h, x, t);
+    let fc2 = || cut::columns(down, h, ffn, x, t);
+    let all = |cuts: &dyn Fn() -> Vec<Cut>, size: u64| -> Vec<Cut> {
+        each().flat_map(|(j, &e)| cuts().into_iter().map(move |c| c.of(e, j * size))).collect()
+    };
+    let [first, second] = names;
+    match storage {
+        Storage::TeGrouped | Storage::Sequential => {
+            let one = |(j, &e): (u64, &u32)| {
+                let name = |n: &str| n.replace("{}", &j.to_string());
+                [
+                    Param::new(name(first), &[2 * local, h], fc1([gate, up]).into_iter().map(|c| c.of(e, 0))),
+                    Param::new(name(second), &[h, local], [fc2().of(e, 0)]),
+                ]
+            };
+            each().flat_map(one).collect()
+        }
+        Storage::Stacked | Storage::StackedSwapped => {
+            let kinds = if storage == Storage::Stacked { [gate, up] } else { [up, gate] };
+            vec![
+                Param::new(first, &[count, 2 * local, h], all(&|| fc1(kinds), 2 * local * h)),
+                Param::new(second, &[count, h, local], all(&|| vec![fc2()], h * local)),
+            ]
+        }
+        Storage::Grouped | Storage::StackedTransposed => {
+            let turned = |kind: usize, half: u64| {
+                let cut = cut::transposed(kind, [ffn, h], false, x, t, 2 * local);
+                cut.of(0, half * local)
+            };
+            let fc1 = || vec![turned(gate, 0), turned(up, 1)];
+            let fc2 = || vec![cut::transposed(down, [h, ffn], true, x, t, h)];
+            // Megatron calls the same memory [hidden, experts * 2 * local] and [experts * local, hidden].
+            let shapes = match storage {
+                Storage::Grouped => [vec![h, count * 2 * local], vec![count * local, h]],
+                _ => [vec![count, h, 2 * local], vec![count, local, h]],
+            };
+            vec![Param::new(first, &shapes[0], all(&fc1, 2 * local * h)), Param::new(second, &shapes[1], all(&fc2, h * local))]
+        }
+    }
+}
+
+/// The same for experts that are one tensor a projection (gpt-oss): gate and up by turns in its columns, transposed, with biases.
+/// vLLM's w13 keeps the turns; Megatron has gate over up. `names`: of weight and bias of both projections.
+pub fn fused(model: &Model, moe: &Moe, names: [&str; 4], slots: &[u32], (x, t): (u64, u64)) -> Vec<Param> {
+    let [gate_up, gate_up_bias, down, down_bias] = names::FUSED.map(|n| model.kind(Part::Layer(LayerType::Moe), n));
+    let (all, h, ffn, local, count) = (moe.experts, model.hidden, moe.ffn, moe.ffn / t, slots.len() as u64);
+    let one = |e: u32| Span { view: all, origin: e.into(), extent: 1, stride: 1 };
+    let part = |stride: u64| Span { view: ffn, origin: x * local, extent: local, stride };
+    let whole = |n: u64, stride: u64| Span { view: n, origin: 0, extent: n, stride };
+    let half = |i: u64| Span { view: 2, origin: i, extent: 1, stride: 1 };
+    let cut = |kind: usize, offset: u64, axes: &[Span]| Cut { kind, expert: 0, offset, axes: axes.into() };
+    let each = || (0..).zip(slots);
+    let separate = names[0].contains("{}");
+    if separate {
+        // Gate over up, and out by in.
+        let params = |(j, &e): (u64, &u32)| {
+            let name = |i: usize| names[i].replace("{}", &j.to_string());
+            let fc1 = |i: u64| cut(gate_up, i * local * h, &[one(e), whole(h, 1), part(h), half(i)]);
+            let bias = |i: u64| cut(gate_up_bias, i * local, &[one(e), part(1), half(i)]);
+            let fc2 = cut(down, 0, &[one(e), part(1), whole(h, local)]);
+            [
+                Param::new(name(0), &[2 * local, h], [fc1(0), fc1(1)]),
+                Param::new(name(1), &[2 * local], [bias(0), bias(1)]),
+                Param::new(name(2), &[h, local], [fc2]),
+                Param::new(name(3), &[h], [cut(down_bias, 0, &[one(e), whole(h, 1)])]),
+            ]
+        };
+        return each().flat_map(params).collect();
+    }
+    let turns = |stride: u64| Span { view: 2 * ffn, origin: 2 * x * local, extent: 2 * local, stride };
+    let w13 = each().map(|(j, &e)| cut(gate_up, j * 2 * local * h, &[one(e), whole(h, 1), turns(h)]));
+    let w13_bias = each().map(|(j, &e)| cut(gate_up_bias, j * 2 * local, &[one(e), turns(1)]));
+    let w2 = each().map(|(j, &e)| cut(down, j * h * local, &[one(e), part(1), whole(h, local)]));
+    // Added once: the other shards have zeros, which nobody writes.
+    let w2_bias = each().filter(|_| x == 0).map(|(j, &e)| cut(down_bias, j * h, &[one(e), whole(h, 1)]));
+    vec![
+        Param::new(names[0], &[count, 2 * local, h], w13),
+        Param::new(names[1], &[count, 2 * local], w13_bias),
+        Param::new(names[2], &[count, h, local], w2),
+        Param::new(names[3], &[count, h], w2_bias),
+    ]
+}
+
+/// Experts of each of `ep` ranks, as evenly as they go, in order: the first ranks have one more.
+pub fn linear(experts: u64, ep: u64) -> Vec<Vec<u32>> {
+    let (base, rest) = (experts / ep, experts % ep);
+    let first = |k: u64| k * base + k.min(rest);
+    (0..ep).map(|k| (first(k) as u32..first(k + 1) as u32).collect()).collect()
+}
+
+/// Experts of each of `ep` ranks, dealt one by one.
+pub fn round_robin(experts: u64, ep: u64) -> Vec<Vec<u32>> {
+    (0..ep).map(|k| (k..experts).step_by(ep as usize).map(|e| e as u32).collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_that_do_not_divide() {
+        assert_eq!(linear(10, 4), [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7], vec![8, 9]]);
+        assert_eq!(round_robin(6, 4), [vec![0, 4], vec![1, 5], vec![2], vec![3]]);
+    }
+}
