@@ -12,6 +12,7 @@ step needs     900 install_needs
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
 step random 3600 some_tests env RESHARD_CASES=100000 cargo test --locked --release --test properties
 step worlds 1800 many_worlds
+step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
 

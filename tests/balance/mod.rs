@@ -136,7 +136,9 @@ impl Rounds {
             for k in 1..=transfer.messages as usize {
                 let bytes = if k == transfer.messages as usize { left } else { transfer.size.min(left) };
                 left -= bytes;
-                rounds.resize(rounds.len().max(k), vec![[0; 2]; ranks]);
+                if rounds.len() < k {
+                    rounds.push(vec![[0; 2]; ranks]);
+                }
                 for (at, way) in [(transfer.from, 0), (transfer.to, 1)] {
                     rounds[k - 1][at][way] += bytes;
                     totals[at][way] += bytes;

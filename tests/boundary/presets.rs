@@ -85,6 +85,8 @@ fn null_everywhere() {
         invalid(rs_preset_bind(p.handle, &rs_bind_t { name: null(), ..p.row(0) }), "bind.name");
         invalid(rs_preset_bind(p.handle, &rs_bind_t { shape: null(), ..p.row(0) }), "bind.shape");
         invalid(rs_preset_bind(p.handle, &rs_bind_t { data: null_mut(), ..p.row(0) }), "data");
+        let lora = rs_bind_t { name: c"model.layers.0.self_attn.q_proj.lora_A.weight".as_ptr(), ..p.row(0) };
+        fails(rs_preset_bind(p.handle, &lora), RS_ERR_UNSUPPORTED, &["lora_A", "merge"]);
         invalid(rs_preset_layout(null(), &mut layout), "preset");
         invalid(rs_preset_layout(p.handle, null_mut()), "out");
         invalid(rs_preset_describe(null(), RS_DESCRIBE_LAYOUT, null_mut(), 0, &mut len), "preset");

@@ -1,4 +1,4 @@
-"""All tests of presets, or the parts named: main.py [--oracle] [goldens] [vectors] [matrix] [refusals] [published] [random_worlds]
+"""All tests of presets, or the parts named: main.py [--oracle] [PART ...]
 
 RESHARD_LIBRARY is the library, as for reshard.py. --oracle: only what needs no library. Each part says in a line or two what it did.
 """
@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-PARTS = ("goldens", "vectors", "refusals", "published", "matrix", "random_worlds")
+PARTS = ("goldens", "vectors", "expert_vectors", "refusals", "published", "changes", "mindspeed", "gpt_oss", "matrix", "random_worlds")
 
 
 def main():
@@ -17,7 +17,7 @@ def main():
     for name in names:
         if name not in PARTS:
             sys.exit(f"no part '{name}'; there are {', '.join(PARTS)}")
-        if "--oracle" in sys.argv and name not in ("goldens", "vectors"):
+        if "--oracle" in sys.argv and name not in ("goldens", "vectors", "expert_vectors"):
             continue
         began = time.monotonic()
         try:

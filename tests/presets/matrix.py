@@ -1,10 +1,12 @@
-"""Megatron-core's own model-swap matrix, dense part, in real processes: one process a rank, over rs_comm_local.
+"""Megatron-core's own model-swap matrix in real processes: one process a rank, over rs_comm_local.
 
-Both jobs are on the same ranks, as in Megatron's test, and every case runs a second time from the "local" to the TE layer spec. A
-process that has not ended in time is a failure, and is ended.
+Both jobs are on the same ranks, as in Megatron's test. Every dense case runs a second time from the "local" to the TE layer spec; every
+case with experts goes from TEGroupedMLP to SequentialMLP, on as many ranks as each side needs, and to legacy GroupedMLP, with replicas
+on all ranks of the larger side. A process that has not ended in time is a failure, and is ended.
 """
 
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -17,17 +19,33 @@ CASES = [
     ((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (4, 1)), ((1, 2), (1, 1)), ((1, 1), (1, 2)), ((2, 2), (1, 1)),
     ((1, 1), (2, 2)), ((2, 1), (1, 2)), ((1, 2), (2, 1)), ((1, 2), (2, 4)),
 ]  # fmt: skip
+# The same with EP in third place: experts alone, then with shared ones.
+EXPERT_CASES = [
+    ((1, 1, 2), (1, 1, 4)), ((1, 1, 2), (1, 1, 1)), ((1, 1, 1), (1, 1, 2)), ((1, 1, 2), (1, 2, 2)), ((2, 1, 2), (1, 1, 1)),
+    ((1, 1, 1), (2, 1, 2)), ((4, 1, 1), (2, 1, 2)), ((2, 1, 2), (4, 1, 1)), ((4, 1, 1), (1, 1, 4)), ((1, 1, 4), (4, 1, 1)),
+]  # fmt: skip
+SHARED_CASES = [((1, 1, 2), (1, 1, 1)), ((2, 1, 2), (1, 1, 1)), ((1, 1, 1), (2, 1, 2))]
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 128, "torch_dtype": "bfloat16",
 }  # fmt: skip
+EXPERTS = {
+    **MODEL,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 4,
+    "num_experts": 4,
+    "moe_intermediate_size": 48,
+}
+SHARED = {**EXPERTS, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 64}
+GROUPED, LEGACY = {"moe_grouped_gemm": True}, {"moe_use_legacy_grouped_gemm": True}
 
 
-def side(sizes, first, spec):
-    tp, pp = sizes
+def side(sizes, first, spec, ranks=None, **more):
+    tp, pp, *ep = sizes
+    ranks = ranks or tp * pp * (ep[0] if ep else 1)
     return {
-        "framework": "megatron", "ranks": f"{first}-{first + tp * pp - 1}", "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp, "transformer_impl": spec,
+        "framework": "megatron", "ranks": f"{first}-{first + ranks - 1}", "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp, "transformer_impl": spec, **({"expert_model_parallel_size": ep[0]} if ep else {}), **more,
     }  # fmt: skip
 
 
@@ -38,6 +56,19 @@ def cases():
             yield f"TP {source[0]} PP {source[1]} to TP {target[0]} PP {target[1]}", spec
     spec = {"model": MODEL, "source": side((2, 1), 0, "local"), "target": side((2, 1), 2, "local")}
     yield "TP 2 to TP 2 on other ranks", spec
+    te = "transformer_engine"
+    for model, table in ((EXPERTS, EXPERT_CASES), (SHARED, SHARED_CASES)):
+        for source, target in table:
+            title = f"{model['architectures'][0]}, TP, PP, EP {source} to {target}"
+            spec = {"model": model, "source": side(source, 0, te, **GROUPED), "target": side(target, 0, te)}
+            yield title, spec
+            ranks = max(math.prod(source), math.prod(target))
+            spec = {
+                "model": model,
+                "source": side(source, 0, te, ranks, **GROUPED),
+                "target": side(target, 0, te, ranks, **LEGACY),
+            }
+            yield f"{title}, legacy", spec
 
 
 def rank_main(name, rank, world, text):

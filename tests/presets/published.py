@@ -5,8 +5,9 @@ is 1, which no cut depends on, so that numpy can count every element; Qwen2.5 is
 its own.
 """
 
+import json
+
 import numpy as np
-import oracle
 import worlds
 from worlds import check, reshard
 
@@ -38,6 +39,36 @@ JOBS = [
 ]  # fmt: skip
 
 
+def with_experts(dense, experts, width, **more):
+    return {**dense, "num_experts": experts, "moe_intermediate_size": width, **more}
+
+
+# Experts are narrow, so that numpy can count them, and as many as they are.
+QWEN3_30B = with_experts(model("Qwen3Moe", 48, 32, 4, 8, 151936), 128, 8)
+QWEN3_235B = with_experts(model("Qwen3Moe", 94, 64, 4, 8, 151936), 128, 8)
+DEEPSEEK_V3 = {
+    **model("DeepseekV3", 61, 128, 128, 96, 129280), "n_routed_experts": 256, "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 3,
+    "q_lora_rank": 48, "kv_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+}  # fmt: skip
+MOONLIGHT = {**DEEPSEEK_V3, "num_hidden_layers": 27, "num_attention_heads": 16, "n_routed_experts": 64, "first_k_dense_replace": 1, "n_shared_experts": 2,
+             "q_lora_rank": None}  # fmt: skip
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+EP, ETP, EXTEND = "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_tp_extend_ep"
+TE = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True}
+R1 = {TP: 4, PP: 8, EP: 8, EXTEND: True, "num_layer_list": "7,7,8,8,8,8,8,7"}
+# 64 more slots than experts, on 64 ranks.
+EPLB = [[(layer + slot) % 256 for slot in range(320)] for layer in range(58)]
+# Name, model, ranks, trainer, vLLM's tensor and data parallel size with expert parallel, more of it.
+EXPERT_JOBS = [
+    ("dapo qwen3-30b-a3b",    QWEN3_30B,   16,  {TP: 4, EP: 2, EXTEND: True}, 1, 8, {"expert_storage": "stacked_transposed"}),
+    ("grpo qwen3-235b-a22b",  QWEN3_235B,  128, {TP: 2, PP: 16, EP: 4, EXTEND: True, "noop_layers": "5,95"}, 4, 8, {"expert_storage": "stacked_transposed"}),
+    ("qwen3-235b, verl",      QWEN3_235B,  256, {TP: 4, PP: 8, EP: 8, "context_parallel_size": 8, ETP: 1, FIRST: 11, LAST: 11, **TE}, 4, 32, {}),
+    ("grpo deepseek-r1 EPLB", DEEPSEEK_V3, 256, R1, 4, 16, {"expert_storage": "stacked_transposed", "physical_to_logical_map": EPLB}),
+    ("deepseek-v3, verl",     DEEPSEEK_V3, 256, {TP: 8, PP: 16, EP: 16, ETP: 1, FIRST: 3, LAST: 2, **TE}, 8, 8, {}),
+    ("moonlight, verl",       MOONLIGHT,   16,  {TP: 2, PP: 4, ETP: 2, FIRST: 7, LAST: 6, **TE}, 4, 1, {"enable_expert_parallel": False}),
+]  # fmt: skip
+
+
 def job(config, ranks, trainer, tp, pads):
     source = {"framework": "megatron", "ranks": f"0-{ranks - 1}", "transformer_impl": "local", **trainer}
     if not pads:
@@ -46,8 +77,14 @@ def job(config, ranks, trainer, tp, pads):
     return {"model": config, "source": source, "target": target, "ranks_per_host": 8}
 
 
+def expert_job(config, ranks, trainer, tp, dp, more):
+    spec = job(config, ranks, trainer, tp, True)
+    spec["target"] |= {"data_parallel_size": dp, "replicas": ranks // (tp * dp), "enable_expert_parallel": True, **more}
+    return spec
+
+
 def run(name, spec, ranks):
-    made, sums = oracle.Model(spec["model"]), {}
+    made, sums = worlds.model_of(json.dumps(spec["model"])), {}
     looked_at = np.linspace(0, ranks - 1, 4, dtype=int).tolist()
     for number in range(ranks):
         preset = reshard.Preset(spec, number)
@@ -82,7 +119,12 @@ def main():
                 count += run(name, job(config, ranks, trainer, tp, pads), ranks)
             except Exception as error:
                 raise AssertionError(f"{name}: {error}") from error
-    print(f"published: {2 * len(JOBS)} jobs, {count} ranks looked at")
+    for name, *sizes in EXPERT_JOBS:
+        try:
+            count += run(name, expert_job(*sizes), sizes[1])
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}") from error
+    print(f"published: {2 * len(JOBS) + len(EXPERT_JOBS)} jobs, {count} ranks looked at")
 
 
 if __name__ == "__main__":

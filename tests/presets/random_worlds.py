@@ -1,6 +1,6 @@
 """Random small models between random sides, compared with the oracle: every byte, every name, every count of bytes.
 
-RESHARD_WORLDS: how many cases (300). RESHARD_SEED: the first seed (1); a failing case prints its seed, and
+RESHARD_WORLDS: how many cases (500). RESHARD_SEED: the first seed (1); a failing case prints its seed, and
 RESHARD_SEED=that RESHARD_WORLDS=1 repeats it.
 """
 
@@ -11,13 +11,13 @@ import random
 
 import oracle
 import worlds
+from oracle import EXPERTS
+from random_models import random_model
 
 MOST_RANKS = 12  # of one side
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+DENSE = ("Llama", "Mistral", "Qwen2", "Qwen3")
 TPS = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8)
-
-
-def divisors(number):
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def pick_ranks(rng, count, taken):
@@ -79,12 +79,36 @@ def layout_text(rng, sizes):
 KINDS = ("even", "even", "first", "last", "both", "account", "layout", "layout", "list", "noop", "noop first")
 
 
-def megatron_side(rng, wish, layers, vocab):
+def megatron_experts(rng, wish, side, tp):
+    """Adds the members for experts; answers of how many ranks a stage must be a multiple."""
+    ep, etp = wish["ep"], wish["etp"] or tp
+    if ep > 1 or rng.random() < 0.3:
+        side[EP] = ep
+    if wish["extend"]:
+        side["moe_tp_extend_ep"] = True
+        etp = tp
+    elif wish["etp"]:
+        side[ETP] = etp
+    storage = rng.choice(["sequential", "grouped", "grouped", "legacy", "legacy"])
+    if storage == "legacy":
+        side["moe_use_legacy_grouped_gemm"] = True
+    if storage == "grouped" or rng.random() < 0.2:
+        side["moe_grouped_gemm"] = storage == "grouped" or rng.random() < 0.5
+    return etp * ep
+
+
+def megatron_side(rng, wish, model):
+    layers, vocab = model.layers, model.vocab
     tp, pp, vpp, kind = wish["tp"], wish["pp"], wish["vpp"], wish["kind"]
     side = {"framework": "megatron", "tensor_model_parallel_size": tp}
     if rng.random() < 0.5:
         side["transformer_impl"] = rng.choice(["transformer_engine", "local"])
     cp, dp = rng.choice([1, 1, 1, 2]), rng.choice([1, 1, 2, 3])
+    if model.experts:
+        of = megatron_experts(rng, wish, side, tp)
+        dp = math.lcm(of, tp * cp) // (tp * cp) * rng.choice([1, 1, 1, 2])
+    if model.mla and rng.random() < 0.4:
+        side["mla_down_proj_cut"] = rng.random() < 0.5
     if pp > 1 or rng.random() < 0.5:
         side["pipeline_model_parallel_size"] = pp
     if cp > 1:
@@ -131,10 +155,34 @@ def megatron_side(rng, wish, layers, vocab):
     return side, tp * pp * cp * dp
 
 
-def vllm_side(rng, wish, layers, vocab):
+def eplb_maps(rng, model, ranks):
+    """For every layer with experts: slots dealt to the ranks, every expert in one at least."""
+    slots = oracle.rounded_up(model.experts, ranks) + ranks * rng.randint(0, 2)
+    maps = []
+    for _ in model.moe_layers:
+        held = list(range(model.experts)) + [rng.randrange(model.experts) for _ in range(slots - model.experts)]
+        if rng.random() < 0.8:
+            rng.shuffle(held)
+        maps.append(held)
+    return maps
+
+
+def vllm_side(rng, wish, model):
+    layers = model.layers
     tp, pp = wish["tp"], wish["pp"]
     side = {"framework": "vllm", "tensor_parallel_size": tp}
-    dp, replicas = rng.choice([1, 1, 1, 2]), rng.choice([1, 1, 1, 2])
+    dp, replicas = wish["dp"], rng.choice([1, 1, 1, 2])
+    if model.experts:
+        if wish["parallel"] or rng.random() < 0.2:
+            side["enable_expert_parallel"] = wish["parallel"]
+        if wish["parallel"]:
+            placement = rng.choice(["default", "linear", "round_robin", "map", "map"])
+            if placement == "map":
+                side["physical_to_logical_map"] = eplb_maps(rng, model, tp * dp)
+            elif placement != "default":
+                side["expert_placement_strategy"] = placement
+        if rng.random() < 0.6:
+            side["expert_storage"] = rng.choice(["stacked", "stacked_swapped", "stacked_transposed"])
     if pp > layers:
         return None
     for key, size in (("pipeline_parallel_size", pp), ("data_parallel_size", dp), ("replicas", replicas)):
@@ -147,59 +195,35 @@ def vllm_side(rng, wish, layers, vocab):
     return side, tp * pp * dp * replicas
 
 
-def hf_side(rng, wish, layers, vocab):
+def hf_side(rng, wish, model):
     return {"framework": "hf"}, rng.choice([1, 1, 2, 3])
 
 
 SIDES = {"megatron": megatron_side, "vllm": vllm_side, "hf": hf_side}
 
 
-def random_model(rng, tps, layers):
-    """A config whose sizes both tensor parallel sizes divide."""
-    together = math.lcm(*tps)
-    heads = together * rng.choice([1, 1, 2] if together < 20 else [1])
-    kv_heads = rng.choice([n for n in divisors(heads) if all(n % tp == 0 or tp % n == 0 for tp in tps)])
-    head, arch = rng.choice([1, 2, 2, 4, 6]), rng.choice(oracle.ARCHITECTURES)
-    config = {
-        "architectures": [arch],
-        "hidden_size": rng.randint(1, 24),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head,
-        "intermediate_size": together * rng.randint(1, 3),
-        "vocab_size": rng.choice([rng.randint(1, 9), rng.randint(10, 300)]),
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-    }
-    if arch == "Qwen2ForCausalLM" or rng.random() < 0.3:  # vLLM's Qwen2 knows no other head size
-        config["hidden_size"] = heads * head
-        if rng.random() < 0.7:
-            del config["head_dim"]
-    if kv_heads == heads and rng.random() < 0.5:
-        del config["num_key_value_heads"]
-    if rng.random() < 0.5:
-        config["tie_word_embeddings"] = rng.random() < 0.8
-    dtype = rng.choice([None, "bfloat16", "bfloat16", "float16", "float32"])
-    if dtype:
-        config[rng.choice(["dtype", "torch_dtype"])] = dtype
-    return config, dtype or "bfloat16"
-
-
-def wish(rng):
+def wish(rng, family):
     """What a side shall be, whatever the model; the rest is tried until it fits."""
+    experts = family in EXPERTS
     framework = rng.choice(["megatron", "megatron", "megatron", "vllm", "vllm", "hf"])
-    pp = rng.choice([1, 2, 2, 2, 3, 4])
-    tp = 1 if framework == "hf" else rng.choice(TPS)
+    pp = rng.choice([1, 1, 1, 2, 2, 3] if experts else [1, 2, 2, 2, 3, 4])
+    tp = 1 if framework == "hf" else rng.choice((1, 1, 2, 2, 3, 4, 6) if experts else TPS)
     vpp = rng.choice([None, None, 2, 3]) if pp > 1 else None
-    return {"framework": framework, "tp": tp, "pp": pp, "vpp": vpp, "kind": rng.choice(KINDS) if pp > 1 else "even"}
+    return {
+        "family": family, "framework": framework, "tp": tp, "pp": pp, "vpp": vpp, "kind": rng.choice(KINDS) if pp > 1 else "even",
+        "dp": rng.choice([1, 1, 2, 2, 3] if experts else [1, 1, 1, 2]), "parallel": rng.random() < 0.6,
+        "ep": rng.choice([1, 1, 2, 2, 3, 4]), "etp": rng.choice([None, None, 1, 1, 2, 3]), "extend": rng.random() < 0.15,
+    }  # fmt: skip
 
 
 def attempt(rng, wishes, same):
     """A spec, or None where the choices do not fit each other."""
-    layers = rng.randint(1, 10)
-    config, dtype = random_model(rng, [w["tp"] for w in wishes], layers)
-    made = [SIDES[w["framework"]](rng, w, layers, config["vocab_size"]) for w in wishes]
+    layers = rng.randint(1, 6 if wishes[0]["family"] in EXPERTS else 10)
+    config, dtype = random_model(rng, wishes, layers)
+    model = oracle.Model(config)
+    if model.experts and not model.moe_layers:
+        return None
+    made = [SIDES[w["framework"]](rng, w, model) for w in wishes]
     if None in made:
         return None
     if same:
@@ -224,7 +248,6 @@ def attempt(rng, wishes, same):
         spec["ignore"] = ["*.rotary_emb.inv_freq"]
     world = 1 + max(oracle.ranks_of(spec["source"]) + oracle.ranks_of(spec["target"]))
     try:
-        model = oracle.Model(config)
         for role in ("source", "target"):
             for rank in range(world):
                 oracle.params(spec, role, rank, model)
@@ -235,10 +258,16 @@ def attempt(rng, wishes, same):
 
 def random_spec(rng):
     while True:
-        wishes, same = [wish(rng), wish(rng)], rng.random() < 0.2
-        for _ in range(500):
+        family = rng.choice(rng.choice([DENSE, list(EXPERTS), list(EXPERTS)]))
+        wishes, same = [wish(rng, family), wish(rng, family)], rng.random() < 0.2
+        for _ in range(100):
             if found := attempt(rng, wishes, same):
                 return found
+
+
+def older_names(name):
+    """Those of vLLM before 0.24."""
+    return name.replace(".experts.routed_experts.", ".experts.")
 
 
 def shuffled(rng, value):
@@ -255,14 +284,20 @@ def case(seed):
     rng = random.Random(seed)
     spec, world = random_spec(rng)
     try:
-        shared = rng.choice([0, 0.5, 1])
+        shared, older = rng.choice([0, 0.5, 1]), rng.random() < 0.5
+
+        def rename(side, name):
+            if spec[side]["framework"] == "megatron":
+                return "module." * rng.randrange(3) + name
+            return older_names(name) if older and spec[side]["framework"] == "vllm" else name
+
         ranks = worlds.run(
             spec,
             world,
             share=lambda param: rng.random() < shared,
             skip_optional=rng.random() < 0.5,
             specs=[shuffled(rng, spec) for _ in range(world)],
-            prefix=lambda side: "module." * rng.randrange(3) if spec[side]["framework"] == "megatron" else "",
+            rename=rename,
             again=rng.random() < 0.3,
         )
     except Exception as error:
@@ -271,15 +306,18 @@ def case(seed):
 
 
 def main():
-    first, count = int(os.environ.get("RESHARD_SEED", 1)), int(os.environ.get("RESHARD_WORLDS", 300))
-    seen, shared, targets = {}, 0, 0
+    first, count = int(os.environ.get("RESHARD_SEED", 1)), int(os.environ.get("RESHARD_WORLDS", 500))
+    seen, shared, targets, experts = {}, 0, 0, 0
     for seed in range(first, first + count):
         spec, aliased, params = case(seed)
         pair = f"{spec['source']['framework']} to {spec['target']['framework']}"
         seen[pair] = seen.get(pair, 0) + 1
         shared, targets = shared + aliased, targets + params
+        experts += any("expert" in member for member in spec["model"])
     pairs = ", ".join(f"{n} {pair}" for pair, n in sorted(seen.items()))
-    print(f"random worlds: {count} ({pairs}), {targets} target parameters, {shared} of them the source's own memory")
+    print(
+        f"random worlds: {count} ({pairs}; {experts} with experts), {targets} target parameters, {shared} of them the source's own memory"
+    )
 
 
 if __name__ == "__main__":

@@ -3,141 +3,34 @@
 import ctypes as c
 import json
 import re
+import time
 
 import numpy as np
 import oracle
 import worlds
+from refused_specs import (
+    ACCEPTED,
+    DEEPSEEK,
+    DEFAULTS,
+    EP,
+    HF,
+    LEGACY,
+    MODEL,
+    NOT_BUILT,
+    PP,
+    QWEN,
+    SPECS,
+    TP,
+    VPP,
+    V_TP,
+    megatron,
+    sized,
+    spec,
+    vllm,
+)
 from worlds import SOURCE, TARGET, reshard
 
 INVALID, UNSUPPORTED, NOT_FOUND, LAYOUT, MISMATCH = -1, -3, -4, -20, -22
-TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
-PIPELINE, LIST, NOOPS = "pipeline_model_parallel_layout", "num_layer_list", "noop_layers"
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-V_TP, V_PP, V_LIST = "tensor_parallel_size", "pipeline_parallel_size", "VLLM_PP_LAYER_PARTITION"
-MODEL = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2,
-    "intermediate_size": 24, "vocab_size": 100, "torch_dtype": "bfloat16",
-}  # fmt: skip
-SMOLLM2 = {
-    **MODEL, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536,
-    "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
-HF = {"framework": "hf", "ranks": [0]}
-
-
-def spec(source=HF, target=HF, model=MODEL, **more):
-    return {"model": model, "source": source, "target": target, **more}
-
-
-def megatron(ranks, **setting):
-    return {"framework": "megatron", "ranks": list(range(ranks)), **setting}
-
-
-def vllm(ranks, **setting):
-    return {"framework": "vllm", "ranks": list(range(ranks)), **setting}
-
-
-def sized(**sizes):
-    return {**MODEL, **sizes}
-
-
-def without(member):
-    return {key: value for key, value in MODEL.items() if key != member}
-
-
-M, V = megatron, vllm
-# A spec, and what the error names: every word, or one of the words of a tuple.
-SPECS = [
-    (spec(V(9, **{V_TP: 9}), model=SMOLLM2), "9", ("1536", "49152", "intermediate_size", "vocab_size")),
-    (spec(V(2, **{V_TP: 2}), model=sized(num_attention_heads=6, num_key_value_heads=3)), "num_key_value_heads"),
-    (spec(V(3, **{V_TP: 3}), model=sized(num_key_value_heads=1)), "num_attention_heads"),
-    (spec(V(3, **{V_TP: 3}), model=sized(num_attention_heads=6, num_key_value_heads=3)), ("vocab_size", "vocab_padding_size")),
-    (spec(V(2, **{V_TP: 2}), model=sized(intermediate_size=25)), "intermediate_size"),
-    (spec(V(2, **{V_PP: 2, V_LIST: "1,2"})), V_LIST),
-    (spec(V(2, **{V_PP: 2, V_LIST: "1,1,2"})), V_LIST),
-    (spec(V(3, **{V_TP: 2})), "ranks"),
-    (spec(V(3, **{V_TP: 1, "replicas": 2})), ("ranks", "replicas")),
-    (spec(V(2, **{V_TP: 2, TP: 2})), TP),
-    (spec(V(1, enable_expert_parallel=True)), "enable_expert_parallel"),
-
-    (spec(M(3, **{TP: 3}), model=sized(num_key_value_heads=1)), "num_attention_heads"),
-    (spec(M(4, **{TP: 4}), model=sized(intermediate_size=22)), "intermediate_size"),
-    (spec(M(6, **{TP: 6}), model=sized(num_attention_heads=12)), ("num_key_value_heads", "num_query_groups")),
-    (spec(M(3, **{TP: 3}), model=sized(num_attention_heads=6, num_key_value_heads=2)), ("num_key_value_heads", "num_query_groups")),
-    (spec(M(18, **{TP: 18}), model=sized(num_attention_heads=36, num_key_value_heads=6, head_dim=4, intermediate_size=36)), "linear_qkv"),
-    (spec(M(3, **{PP: 3})), (PP, "num_hidden_layers")),
-    (spec(M(2, **{PP: 2, LIST: "1,2"})), LIST),
-    (spec(M(2, **{PP: 2, LIST: "1,1,2"})), LIST),
-    (spec(M(2, **{PP: 2, VPP: 2, LIST: "2,2"})), (LIST, VPP)),
-    (spec(M(2, **{PP: 2, LIST: "1,x"})), LIST),
-    (spec(M(2, **{PP: 2, PIPELINE: "Et|ttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Ettt|ttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "tt|ttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Ett|tt"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "EEtt|ttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Et|tt|tL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Ext|tttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "E(tt|ttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Et*|tttL"})), PIPELINE),
-    (spec(M(2, **{PP: 2, PIPELINE: "Et|t|t|tL", VPP: 3})), (PIPELINE, VPP)),
-    (spec(M(2, **{PP: 2, PIPELINE: "Ett|ttL", FIRST: 2})), (PIPELINE, FIRST)),
-    (spec(M(2, **{PP: 2, NOOPS: "9,2"})), NOOPS),
-    (spec(M(2, **{PP: 2, NOOPS: "-1,2"})), NOOPS),
-    (spec(M(2, **{PP: 2, NOOPS: "1,1"})), NOOPS),
-    (spec(M(2, **{PP: 2, VPP: 4})), VPP),
-    (spec(M(2, **{PP: 2, VPP: 3})), VPP),
-    (spec(M(1, **{VPP: 2})), VPP),
-    (spec(M(2, **{PP: 2, FIRST: 5})), FIRST),
-    (spec(M(2, **{PP: 2, FIRST: 1, LAST: 2})), (FIRST, LAST)),
-    (spec(M(2, **{PP: 2, FIRST: 1, "account_for_embedding_in_pipeline_split": True})), (FIRST, "account_for_embedding_in_pipeline_split")),
-    (spec(M(2, **{PP: 2, "account_for_loss_in_pipeline_split": True})), ("account_for_loss_in_pipeline_split", PP)),
-    (spec(M(3, **{TP: 2})), "ranks"),
-    (spec(M(4, **{TP: 2, "data_parallel_size": 3})), ("data_parallel_size", "ranks")),
-    (spec(M(2, **{"context_parallel_size": 4})), ("context_parallel_size", "ranks")),
-    (spec(M(1, padded_vocab_size=99)), "padded_vocab_size"),
-    (spec(M(2, **{TP: 2, "padded_vocab_size": 101})), "padded_vocab_size"),
-    (spec(M(1, make_vocab_size_divisible_by=0)), "make_vocab_size_divisible_by"),
-    (spec(M(1, transformer_impl="inference")), "transformer_impl"),
-    (spec(M(2, **{"expert_model_parallel_size": 2})), "expert_model_parallel_size"),
-    (spec(M(2, **{V_TP: 2})), V_TP),
-    (spec(M(2, **{TP: 0})), TP),
-    (spec(M(2, **{TP: -2})), TP),
-    (spec(M(2, **{TP: 1.5})), TP),
-    (spec(M(2, **{TP: "two"})), TP),
-
-    (spec({**HF, "ranks": [0, 1, 1]}), "ranks", "1"),
-    (spec({**HF, "ranks": "0-2,2"}), "ranks", "2"),
-    (spec({**HF, "ranks": "2-1"}), "ranks"),
-    (spec({**HF, "ranks": "a"}), "ranks"),
-    (spec({**HF, "ranks": ""}), "ranks"),
-    (spec({**HF, "ranks": []}), "ranks"),
-    (spec({**HF, "ranks": [-1]}), "ranks"),
-    (spec({"framework": "hf"}), "ranks"),
-    (spec({**HF, TP: 1}), TP),
-    (spec({"ranks": [0]}), "framework"),
-    (spec({**HF, "framework": "deepspeed"}), "deepspeed"),
-    (spec(sauce=1), "sauce"),
-    ({"model": MODEL, "target": HF}, "source"),
-    ({"source": HF, "target": HF}, "model"),
-    (spec(ranks_per_host=0), "ranks_per_host"),
-    (spec(ignore="all"), "ignore"),
-
-    (spec(model=without("hidden_size")), "hidden_size"),
-    (spec(model=without("architectures")), "architectures"),
-    (spec(model=without("vocab_size")), "vocab_size"),
-    (spec(model=sized(hidden_size="16")), "hidden_size"),
-    (spec(model=sized(num_hidden_layers=0)), "num_hidden_layers"),
-    (spec(model=sized(num_key_value_heads=3)), "num_key_value_heads"),
-    (spec(model=sized(torch_dtype="int7")), "int7"),
-]  # fmt: skip
-NOT_BUILT = [
-    (spec(model=sized(architectures=["BertModel"])), "BertModel"),
-    (spec(model=sized(attention_bias=True)), "attention_bias"),
-    (spec(model=sized(mlp_bias=True)), "mlp_bias"),
-    (spec(model=sized(quantization_config={"quant_method": "fp8"})), "quantization_config"),
-    (spec({**HF, "dtype": "float32"}), ("dtype", "cast")),
-    (spec(M(1, params_dtype="float32"), V(1)), ("dtype", "cast")),
-]
 
 
 def says(text, words):
@@ -164,7 +57,8 @@ def brief(wrong):
     """What is special in a spec."""
     special = {key: value for key, value in wrong.items() if value != HF and key != "model"}
     model = wrong.get("model", {})
-    special["model"] = {k: model.get(k) for k in MODEL.keys() | model.keys() if model.get(k) != MODEL.get(k)}
+    special = {key: value if len(str(value)) < 200 else "..." for key, value in special.items()}
+    special["model"] = {k: model.get(k) for k in sorted(MODEL.keys() | model.keys()) if model.get(k) != MODEL.get(k)}
     return json.dumps(special)
 
 
@@ -185,16 +79,59 @@ def check_specs():
                 if not refused(brief(text), lambda: create(json.dumps(text).encode(), rank), statuses, *words):
                     break
             count += 1
-    for text in (b"", b"{", b"[]", b"null", b"{} {}", b"\xff", b'{"model": 1, "source": 2, "target": 3}'):
+    for text in twice():
+        refused(text[:80], lambda: create(text, 0), (INVALID,), "twice")
+        count += 1
+    for text in (
+        b"[" * 100000,
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{} {}",
+        b"\xff",
+        b'{"model": 1, "source": 2, "target": 3}',
+    ):
         refused(text, lambda: create(text, 0), (INVALID,))
         count += 1
     refused("no spec", lambda: create(None, 0), (INVALID,))
+    refused("rank 2^31 - 1", lambda: create(json.dumps(spec()).encode(), (1 << 31) - 1), (INVALID,), "rank")
     refused("rank -1", lambda: create(json.dumps(spec()).encode(), -1), (INVALID,), "rank")
     status = reshard._lib.rs_preset_create(json.dumps(spec()).encode(), 0, None)
     assert status == INVALID, status
     ignored = sized(attention_bias=False, mlp_bias=False, attention_dropout=0.0, my_own_member=[1])
     create(json.dumps(spec(model=ignored)).encode(), 0)
-    return count + 3
+    return count + 4
+
+
+def twice():
+    """Specs with a member given twice: of the spec, of a side, of the model, of what is ignored."""
+    text = json.dumps(spec(model=sized(rope_scaling={"factor": 2})))
+    for member in ('"hidden_size": 16', '"framework": "hf"', '"factor": 2', f'"source": {json.dumps(HF)}'):
+        yield text.replace(member, f"{member}, {member}", 1).encode()
+
+
+def check_accepted():
+    for right in ACCEPTED:
+        try:
+            create(json.dumps(right).encode(), 0)
+        except reshard.Error as error:
+            failures.append(f"{brief(right)}: was refused: {error}")
+    return len(ACCEPTED)
+
+
+def check_ignore():
+    """Patterns that a careless matcher needs ages for."""
+    for pattern in ("*a" * 30 + "b", "*a" * 3000 + "b", "*" * 10000 + "b", "a*" * 3000 + "b"):
+        preset = reshard.Preset(spec(ignore=[pattern]), 0)
+        began = time.monotonic()
+        array = np.zeros(2, np.uint16)
+        refused("a name of many a", lambda: preset.bind("a" * 20000, array, SOURCE), (NOT_FOUND,))
+        preset.bind("a" * 20000 + "b", array, SOURCE)
+        preset.close()
+        if (seconds := time.monotonic() - began) > 2:
+            failures.append(f"'{pattern[:20]}...' took {seconds:.1f} s to match")
+    return 4
 
 
 def bind_struct(param, array, model, **changes):
@@ -286,6 +223,42 @@ def check_binds():
     return count + 4
 
 
+def check_expert_binds():
+    """Parameters of experts: their nominal shapes, the bias in fp32, the names of older releases."""
+    target = {**vllm(1), "ranks": [2]}
+    s = spec(megatron(2, **{EP: 2, LEGACY: True}), target, model={**DEEPSEEK, "torch_dtype": "float16"})
+    count, model = 0, oracle.Model(s["model"])
+    experts = "mlp.experts.routed_experts.w13_weight"
+    for number, role, name, wrong in (
+        (0, "source", "decoder.layers.1.mlp.experts.weight1", {"shape": (c.c_int64 * 8)(4, 16, 24), "ndim": 3}),
+        (0, "source", "decoder.layers.1.mlp.router.expert_bias", {"dtype": reshard.Dtype(2, 16, 1)}),
+        (2, "target", "model.layers.1." + experts, {"shape": (c.c_int64 * 8)(8, 16, 24)}),
+        (2, "target", "model.layers.1.mlp.gate.e_score_correction_bias", {"dtype": reshard.Dtype(4, 16, 1)}),
+        (2, "target", "model.layers.1." + experts.replace("routed_experts.", ""), {"dtype": reshard.Dtype(2, 32, 1)}),
+    ):
+        rank, preset = worlds.Rank(s, number, model), reshard.Preset(s, number)
+        by_name = {p.name.replace("routed_experts.", ""): p for p in rank.params[role]}
+        param = by_name[name.replace("routed_experts.", "")]
+        array = rank.memory[role][param.key]
+        right = {"name": name.encode(), "role": worlds.ROLES[role], "dtype": reshard.Dtype(*param.dtype)}
+
+        def bind(**changes):
+            struct = bind_struct(param, array, model, **{**right, **changes})
+            reshard._check(reshard._lib.rs_preset_bind(preset._handle, c.byref(struct)))
+
+        refused(f"{name} with {wrong}", lambda: bind(**wrong), (LAYOUT,), name.split(".")[-1])
+        bind()
+        for gone in (
+            "model.layers.0." + experts,
+            "decoder.layers.0.mlp.router.weight",
+            "decoder.layers.1.mlp.experts.linear_fc1.weight0",
+        ):
+            refused(gone, lambda: bind(name=gone.encode()), (NOT_FOUND,), gone)
+        preset.close()
+        count += 4
+    return count
+
+
 def check_optional():
     """The last stage's own copy of tied embeddings: a source that may be left out, a target that may not."""
     tied = sized(tie_word_embeddings=True)
@@ -348,6 +321,7 @@ def check_connect():
     assert not (errors := connected([preset(rank) for rank in range(3)])), errors
     same = dict(reversed(list(s.items())))
     assert not (errors := connected([preset(0), preset(1, same), preset(2)])), errors
+    check_written_differently()
     for rank in range(3):
         makers = [preset(r) for r in range(3)]
         makers[rank] = preset(rank, spec(s["source"], s["target"], sized(vocab_size=101)))
@@ -377,12 +351,35 @@ def check_connect():
     assert len(errors) == 2 and all(says(str(error), ["3"]) for error in errors.values()), errors
     # A rank that has no part has a preset all the same.
     assert not (errors := connected([preset(0, one), preset(1, one)])), errors
-    return 10
+    return 10 + len(DEFAULTS)
+
+
+def check_written_differently():
+    for side, written in DEFAULTS:
+        ranks, model = len(side["ranks"]), oracle.Model(QWEN)
+        makers = []
+        for rank in range(ranks):
+            text = spec({**side, **written} if rank % 2 else side, model=QWEN)
+            makers.append(worlds.Rank(text, rank, model).make_preset)
+        try:
+            errors = connected(makers)
+        except Exception as error:
+            errors = error
+        if errors:
+            failures.append(f"{json.dumps(side)} with {json.dumps(written)} on some ranks does not connect: {errors}")
 
 
 def main():
     counts = {}
-    for part in (check_specs, check_binds, check_optional, check_connect):
+    for part in (
+        check_specs,
+        check_accepted,
+        check_ignore,
+        check_binds,
+        check_expert_binds,
+        check_optional,
+        check_connect,
+    ):
         try:
             counts[part.__name__.removeprefix("check_")] = part()
         except Exception as error:

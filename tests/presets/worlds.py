@@ -5,7 +5,9 @@ on the calling thread first, so that a refused preset or bind ends a case at onc
 """
 
 import ctypes as c
+import functools
 import itertools
+import json
 import os
 import sys
 import threading
@@ -37,6 +39,11 @@ class LoopbackComm(reshard.LocalComm):
 def check(condition, *words):
     if not condition:
         raise AssertionError(" ".join(map(str, words)))
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(text):
+    return oracle.Model(json.loads(text))
 
 
 def on_threads(ranks, work):
@@ -81,7 +88,7 @@ class Described:
             row = listed[key]
             check(tuple(row["shape"]) == p.shape, key, "shape", row["shape"], "instead of", p.shape)
             dtype = tuple(row["dtype"][x] for x in ("code", "bits", "lanes"))
-            check(dtype == self.model.dtype, key, "dtype", dtype)
+            check(dtype == p.dtype, key, "dtype", dtype, "instead of", p.dtype)
             check(row["required"] == p.required, key, "required", row["required"])
             if p.real.size and p.required:
                 check(set(row["tensors"]) == set(p.sources), key, "sources", row["tensors"], "instead of", p.sources)
@@ -92,18 +99,19 @@ class Described:
         none = [np.empty(0, np.int64)]
         wanted = np.concatenate([p.real for p in self.params["target"]] or none)
         held = np.concatenate([p.real for p in self.params["source"] if p.required] or none)
-        aliased = sum(p.real.size for p in self.params["target"] if p.key in self.shared)
+        shared = np.concatenate([p.real for p in self.params["target"] if p.key in self.shared] or none)
         is_held, is_missing = np.zeros((2, self.model.elements), bool)
         is_held[held] = True
         here = is_held[wanted]
         is_missing[wanted[~here]] = True
-        counts = {
+        sizes = self.model.sizes
+        aliased, received = int(sizes[shared].sum()), int(sizes[is_missing].sum())
+        return {
             "aliased": aliased,
-            "local": int(here.sum()) - aliased,
-            "received": int(is_missing.sum()),
-            "doubled": int((~here).sum()) - int(is_missing.sum()),
+            "local": int(sizes[wanted[here]].sum()) - aliased,
+            "received": received,
+            "doubled": int(sizes[wanted[~here]].sum()) - received,
         }
-        return {what: count * np.dtype(self.model.kind).itemsize for what, count in counts.items()}
 
 
 class Rank(Described):
@@ -117,18 +125,20 @@ class Rank(Described):
             if param.required or not skip_optional:
                 given = sources and sources[param.key]
                 self.memory["source"][param.key] = param.data(JUNK) if given is None else given
+        equal = {}
+        for source in self.params["source"]:
+            if source.required:
+                equal.setdefault((source.shape, source.elements.tobytes()), []).append(source.key)
         for param in self.params["target"]:
-            for source in self.params["source"]:
-                same = source.required and np.array_equal(source.elements, param.elements)
-                if same and source.key not in self.shared.values() and share(param):
-                    self.shared[param.key] = source.key
-                    break
+            keys = equal.get((param.shape, param.elements.tobytes()))
+            if keys and share(param):
+                self.shared[param.key] = keys.pop(0)
         self.new_targets()
 
     def new_targets(self):
         self.memory["target"] = {}
         for param in self.params["target"]:
-            fresh = np.full(param.shape, POISON, self.model.kind)
+            fresh = np.full(param.shape, POISON, param.kind)
             source = self.shared.get(param.key)
             self.memory["target"][param.key] = fresh if source is None else self.memory["source"][source]
 
@@ -137,17 +147,17 @@ class Rank(Described):
         self.bind()
         return self.preset
 
-    def bind(self, prefix=lambda side: ""):
+    def bind(self, rename=lambda side, name: name):
         """Memory that is a source and a target under one name is bound once, with both roles."""
         both = {key for key, source in self.shared.items() if key == source}
         for side, role in ROLES.items():
-            for (chunk, name), array in self.memory[side].items():
-                if (chunk, name) in both:
-                    if side == "source":
-                        continue
-                    self.preset.bind(prefix(side) + name, array, SOURCE | TARGET, self.model.dtype, chunk)
-                else:
-                    self.preset.bind(prefix(side) + name, array, role, self.model.dtype, chunk)
+            for param in self.params[side]:
+                if param.key not in self.memory[side] or (param.key in both and side == "source"):
+                    continue
+                roles = SOURCE | TARGET if param.key in both else role
+                self.preset.bind(
+                    rename(side, param.name), self.memory[side][param.key], roles, param.dtype, param.chunk
+                )
 
     def check_targets(self):
         """Every element is what the oracle says, and padding is untouched."""
@@ -165,13 +175,13 @@ class Rank(Described):
                 )
 
 
-def run(spec, world, sources=None, specs=None, prefix=None, check_plans=True, again=False, **more):
+def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, check_plans=True, again=False, **more):
     """A whole sync; answers the ranks.
 
-    `sources`: by rank, memory to send. `specs`: by rank, the spec as that rank writes it. `prefix(side)`: before its names. `again`:
-    whether targets move and a second sync follows. `more` is for Rank.
+    `sources`: by rank, memory to send. `specs`: by rank, the spec as that rank writes it. `rename(side, name)`: the name that is bound.
+    `again`: whether targets move and a second sync follows. `more` is for Rank.
     """
-    model = oracle.Model(spec["model"])
+    model = model_of(json.dumps(spec["model"]))
     ranks = [Rank(spec, rank, model, sources and sources.get(rank), **more) for rank in range(world)]
     hub = next(hubs)
     containers, comms = {}, {}
@@ -180,7 +190,7 @@ def run(spec, world, sources=None, specs=None, prefix=None, check_plans=True, ag
             r.preset = reshard.Preset(specs[r.rank] if specs else spec, r.rank)
             unbound = r.check_describe()
             check(not any(p["bound"] for p in unbound), "bound before it is bound")
-            r.bind(prefix or (lambda side: ""))
+            r.bind(rename)
             check(all(p["bound"] for p in r.check_describe() if p["required"]), "not bound")
             comms[r.rank] = LoopbackComm(hub, r.rank, world)
             containers[r.rank] = reshard.Container(r.preset, comms[r.rank], f"rank {r.rank}", TIMEOUT_MS)

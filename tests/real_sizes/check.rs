@@ -1,13 +1,14 @@
 //! All plans of one world against what its ranks hold and want.
 
-use super::balance::{Egress, Judgement, Rounds, Transfer};
+use super::agree::{Agree, difference};
+use super::balance::{Egress, Judgement, Rounds};
 use super::cells::{Cells, Owned};
-use super::holds::{self, Held, Param, Rect, held};
-use super::models::{self, Model};
-use super::parts::{Part, parts};
+use super::covers::{merged, of};
+use super::holds::{Held, held};
+use super::models::Model;
 use super::sides::Side;
+use super::tensors::{self, Key};
 use reshard::plan::closed::{places, plan};
-use reshard::plan::{Peer, Piece, Plan};
 use reshard::preset::world::World;
 use serde_json::json;
 use std::collections::HashMap;
@@ -16,13 +17,10 @@ use std::rc::Rc;
 
 const RANKS_PER_HOST: u64 = 8;
 
-/// Staging of a rank, and what a message of it is cut to.
-const STAGING: u64 = 256 << 20;
-const UNIT: u64 = 256;
-
 macro_rules! ensure {
     ($condition:expr, $($text:tt)*) => { if !$condition { return Err(format!($($text)*)); } };
 }
+pub(super) use ensure;
 
 /// What was seen of a world.
 pub struct Seen {
@@ -30,6 +28,8 @@ pub struct Seen {
     pub pieces: usize,
     pub egress: Judgement,
     pub rounds: Rounds,
+    /// Of what is no routed expert: the busiest sender of a stage over the mean of the stage, the worst stage's.
+    pub stage: f64,
 }
 
 impl fmt::Display for Seen {
@@ -39,218 +39,138 @@ impl fmt::Display for Seen {
         let others = egress.others.iter().map(|o| o.0).fold(0.0, f64::max);
         write!(f, "{} ranks, {} pieces; {} classes, egress {:.4} ", self.ranks, self.pieces, egress.classes, egress.busiest)?;
         write!(f, "in {share:.1} %, else {others:.3}; ")?;
+        write!(f, "stage {:.4}; ", self.stage)?;
         write!(f, "{} rounds, {:.3}{}", rounds.count, rounds.figure, if rounds.alike { "" } else { " (not alike)" })
     }
 }
 
+/// How a tensor lies in the checkpoint.
+pub struct Shape {
+    pub name: String,
+    pub width: u64,
+    pub interleaved: bool,
+    pub item: u64,
+    /// Of a routed expert.
+    pub routed: bool,
+    key: Key,
+}
+
 /// A world and what is expected of it.
-struct Job<'a> {
-    model: &'a Model,
-    sides: [&'a Side; 2],
-    world: World,
-    /// Names, and elements of a row, by ordinal.
-    tensors: Vec<(String, u64)>,
-    /// By side, rank and ordinal.
-    held: [Vec<Vec<Vec<Held>>>; 2],
-    /// Parameters that rows of ranks were found to be.
-    params: HashMap<(usize, usize, u32), Param>,
+pub struct Job<'a> {
+    pub sides: [&'a Side; 2],
+    pub world: World,
+    /// By ordinal.
+    pub tensors: Vec<Shape>,
+    /// By side and rank.
+    pub has: [Vec<Rc<Vec<Held>>>; 2],
+    /// Of each tensor, one object for all that lie alike.
+    pub cells: Vec<Rc<Cells>>,
+    pub egress: Egress,
+    /// Bytes that a rank sends of what is no routed expert.
+    pub dense: Vec<u64>,
+    /// By side, rank and row of its buffers: the parameter that it was found to be.
+    pub params: [Vec<Vec<Option<Key>>>; 2],
 }
 
 /// Plans all ranks and looks at every piece.
 pub fn check(model: &Model, source: &Side, target: &Side) -> Result<Seen, String> {
-    let spec = json!({"model": model.config(), "source": source.json(), "target": target.json(), "ranks_per_host": RANKS_PER_HOST});
-    let world = World::new(&spec.to_string()).map_err(|e| format!("{e}: {spec}"))?;
+    let (from, to) = (source.json(model), target.json(model));
+    let spec = json!({"model": model.config(), "source": from, "target": to, "ranks_per_host": RANKS_PER_HOST});
+    let shown = || spec.to_string().chars().take(2000).collect::<String>();
+    let world = World::new(&spec.to_string()).map_err(|e| format!("{e}: {}", shown()))?;
     if let Some(total) = model.total {
         ensure!(world.model().parameters() == total, "{} parameters, not {total}", world.model().parameters());
     }
+    let counted: u64 = model.tensors().iter().map(|t| t.shape.iter().product::<u64>()).sum();
+    ensure!(world.model().parameters() == counted, "{} parameters, not {counted}", world.model().parameters());
     let mut job = Job::new(model, [source, target], world)?;
     let ranks = job.world.ranks();
     let places = places(ranks, Some(RANKS_PER_HOST));
-    let made: Result<Vec<Plan>, _> = (0..ranks).map(|r| plan(r, &places, &job.world)).collect();
-    let plans = made.map_err(|e| format!("{e}: {spec}"))?;
-    both_ends_agree(&job, &plans)?;
-    let mut egress = Egress::new((0..u64::from(ranks)).map(|r| r / RANKS_PER_HOST).collect());
-    let cells = job.cells(&mut egress);
-    let mut pieces = 0;
-    for (r, plan) in plans.iter().enumerate() {
-        let rank = |e: String| format!("rank {r}: {e}");
-        pieces += plan.peers.iter().map(|p| p.into.len()).sum::<usize>();
-        job.covered(r, plan, &cells, &mut egress).map_err(rank)?;
+    let (mut agree, mut pieces) = (Agree::default(), 0);
+    for r in 0..ranks {
+        let plan = plan(r, &places, &job.world).map_err(|e| format!("rank {r}: {e}: {}", shown()))?;
+        agree.add(r as usize, &plan, job.world.sides()[0].count(r))?;
+        pieces += job.covered(r as usize, &plan).map_err(|e| format!("rank {r}: {e}"))?;
     }
-    let (egress, rounds) = (egress.judge()?, Rounds::new(plans.len(), &transfers(&plans)));
-    rounds.judge()?;
-    Ok(Seen { ranks: plans.len(), pieces, egress, rounds })
-}
-
-/// What a says that it sends to b is what b says that it receives from a, in the same order.
-fn both_ends_agree(job: &Job<'_>, plans: &[Plan]) -> Result<(), String> {
-    for (a, plan) in plans.iter().enumerate() {
-        ensure!(plan.doubles.is_empty(), "rank {a}: no parameter is twice on a rank");
-        ensure!(plan.peers.windows(2).all(|p| p[0].rank < p[1].rank), "rank {a}: peers out of order");
-        for peer in &plan.peers {
-            let b = peer.rank as usize;
-            let none = Peer::default();
-            let back = plans[b].peers.iter().find(|p| p.rank as usize == a).unwrap_or(&none);
-            ensure!(a != b, "rank {a} is its own peer");
-            ensure!(peer.into.len() == back.out.len() && peer.out.len() == back.into.len(), "ranks {a} and {b}: other pieces");
-            // A receiver counts all its buffers, a sender those of the receiver's target side.
-            let sources = job.world.sides()[0].count(a as u32);
-            for (into, out) in peer.into.iter().zip(&back.out) {
-                let mut same = out.clone();
-                same.dst.buffer += sources;
-                ensure!(same == *into, "{a} receives {into:?}, {b} sends {out:?}");
-            }
-        }
+    let transfers = agree.judge().map_err(|(a, b)| {
+        let of = |r: usize| plan(r as u32, &places, &job.world).expect("planned before");
+        difference(&of(a), &of(b), (a, b), job.world.sides()[0].count(b as u32))
+    })?;
+    let (egress, rounds) = (job.egress.judge()?, Rounds::new(ranks as usize, &transfers));
+    // A rank with one expert more than others gets more of the same senders, and a round takes as long as its fullest pair.
+    if !target.uneven(model) {
+        rounds.judge()?;
     }
-    Ok(())
-}
-
-fn transfers(plans: &[Plan]) -> Vec<Transfer> {
-    let most = plans.iter().map(|p| p.peers.len()).max().unwrap_or(0).max(1) as u64;
-    let size = (STAGING / (4 * most) / UNIT * UNIT).max(UNIT);
-    let mut out = vec![];
-    for (from, plan) in plans.iter().enumerate() {
-        for peer in &plan.peers {
-            let bytes = peer.out.iter().map(Piece::bytes).sum::<u64>();
-            out.push(Transfer { from, to: peer.rank as usize, bytes, messages: bytes.div_ceil(size), size });
-        }
-    }
-    out
+    Ok(Seen { ranks: ranks as usize, pieces, egress, rounds, stage: job.stage() })
 }
 
 impl<'a> Job<'a> {
-    fn new(model: &'a Model, sides: [&'a Side; 2], world: World) -> Result<Job<'a>, String> {
-        let mut tensors = vec![];
-        let mut ordinals = HashMap::new();
-        for tensor in world.tensors() {
-            ordinals.insert(tensor.name.clone(), (tensors.len(), tensor.shape.clone()));
-            tensors.push((tensor.name, *tensor.shape.get(1).unwrap_or(&1)));
-        }
+    fn new(model: &Model, sides: [&'a Side; 2], world: World) -> Result<Job<'a>, String> {
+        let ordinals: HashMap<String, (u32, Vec<u64>)> =
+            (0..).zip(world.tensors()).map(|(ordinal, t)| (t.name, (ordinal, t.shape))).collect();
         let all = model.tensors();
-        ensure!(all.len() == tensors.len(), "{} tensors, not {}", tensors.len(), all.len());
-        let mut of = HashMap::new();
-        for (key, rows, cols) in all {
-            let shape = if cols == 0 { vec![rows] } else { vec![rows, cols] };
-            let (ordinal, found) = ordinals.get(&models::name(key)).ok_or_else(|| format!("no {}", models::name(key)))?;
-            ensure!(*found == shape, "{} is {found:?}, not {shape:?}", models::name(key));
-            of.insert(key, *ordinal);
+        ensure!(all.len() == ordinals.len(), "{} tensors, not {}", ordinals.len(), all.len());
+        let (mut tensors, mut of_key) = (vec![], HashMap::new());
+        for tensor in all {
+            let name = tensors::name(tensor.key);
+            let Some((ordinal, shape)) = ordinals.get(&name) else { return Err(format!("no {name}")) };
+            ensure!(*shape == tensor.shape, "{name} is {shape:?}, not {:?}", tensor.shape);
+            of_key.insert(tensor.key, *ordinal);
+            let (key, width, interleaved, item) = (tensor.key, tensor.width(), tensor.interleaved(), tensor.item);
+            tensors.push((*ordinal, Shape { routed: name.contains(".experts."), name, width, interleaved, item, key }));
         }
-        let by_ordinal = |side: usize| {
-            let mut out: Vec<Vec<Vec<Held>>> = (0..world.ranks()).map(|_| tensors.iter().map(|_| vec![]).collect()).collect();
-            for (&rank, list) in sides[side].ranks.iter().zip(held(sides[side], model, side == 1)) {
-                list.into_iter().for_each(|h| out[rank as usize][of[&h.key]].push(h));
-            }
+        tensors.sort_by_key(|t| t.0);
+        let tensors: Vec<Shape> = tensors.into_iter().map(|t| t.1).collect();
+        let has = [0, 1].map(|side| {
+            let nothing = Rc::new(vec![]);
+            let mut out = vec![nothing; world.ranks() as usize];
+            let held = held(sides[side], model, side == 1, &of_key);
+            sides[side].ranks.iter().zip(held).for_each(|(&rank, held)| out[rank as usize] = held);
             out
-        };
-        let held = [by_ordinal(0), by_ordinal(1)];
-        Ok(Job { model, sides, world, tensors, held, params: HashMap::new() })
+        });
+        let dense = vec![0; world.ranks() as usize];
+        let egress = Egress::new((0..u64::from(world.ranks())).map(|r| r / RANKS_PER_HOST).collect());
+        let params = [0, 1].map(|_| vec![vec![]; world.ranks() as usize]);
+        let mut job = Job { sides, world, tensors, has, cells: vec![], egress, dense, params };
+        job.find_cells(model);
+        Ok(job)
     }
 
-    /// The cells of each tensor, one object for all that lie alike.
-    fn cells(&self, egress: &mut Egress) -> Vec<Rc<Cells>> {
-        let mut known: HashMap<Vec<Owned>, Rc<Cells>> = HashMap::new();
-        let of = |tensor: usize| {
-            let mut boxes: Vec<Owned> = vec![];
-            for (side, ranks) in self.held.iter().enumerate() {
-                for (r, rank) in ranks.iter().enumerate() {
-                    boxes.extend(merged(&rank[tensor]).into_iter().map(|rect| (r, side == 1, rect)));
-                }
-            }
-            let cells = known.entry(boxes).or_insert_with_key(|boxes| Rc::new(Cells::new(boxes, egress))).clone();
-            cells.wanted(self.model.item(), egress);
-            cells
-        };
-        (0..self.tensors.len()).map(of).collect()
-    }
-
-    /// What rank `r` receives and what it holds itself is what it wants, each element once, and no byte more crosses.
-    fn covered(&mut self, r: usize, plan: &Plan, cells: &[Rc<Cells>], egress: &mut Egress) -> Result<(), String> {
-        let item = self.model.item();
-        let mut got: Vec<Vec<Rect>> = vec![vec![]; self.tensors.len()];
-        for peer in &plan.peers {
-            for piece in &peer.into {
-                let tensor = piece.tensor as usize;
-                let width = self.tensors[tensor].1;
-                let context = |e: String| format!("{} from {}: {e}: {piece:?}", self.tensors[tensor].0, peer.rank);
-                let parts = parts(piece, width).ok_or_else(|| context("no rectangles".into()))?;
-                ensure!(u64::from(piece.item) == item, "{}", context(format!("elements of {} bytes", piece.item)));
-                for part in parts {
-                    let ends = [(0, peer.rank as usize, piece.src.buffer), (1, r, piece.dst.buffer)];
-                    for end in ends {
-                        lies(&self.held, &mut self.params, (&self.world, self.sides), end, tensor, &part).map_err(context)?;
+    /// Tensors of the same name lie alike in layers that are of one stage on either side.
+    fn find_cells(&mut self, model: &Model) {
+        let stages = self.sides.map(|side| side.stage_of(model));
+        let mapped = self.sides.iter().any(|side| side.mapped());
+        let mut known: HashMap<_, Rc<Cells>> = HashMap::new();
+        for tensor in 0..self.tensors.len() {
+            let (layer, name, number) = self.tensors[tensor].key;
+            let stage = |of: &Vec<usize>| layer.map(|layer| of[layer as usize]);
+            let alike =
+                (name, number, stage(&stages[0]), stage(&stages[1]), layer.filter(|_| mapped && self.tensors[tensor].routed));
+            let cells = known.entry(alike).or_insert_with(|| {
+                let mut boxes: Vec<Owned> = vec![];
+                for (side, ranks) in self.has.iter().enumerate() {
+                    for (r, has) in ranks.iter().enumerate() {
+                        boxes.extend(merged(of(has, tensor)).into_iter().map(|rect| (r, side == 1, rect)));
                     }
-                    cells[tensor].sent(&part.rect, item, (peer.rank as usize, r), egress);
-                    got[tensor].push(part.rect);
                 }
-            }
-        }
-        let mut lacks = 0;
-        for (tensor, got) in got.iter_mut().enumerate() {
-            let [own, want] = [0, 1].map(|side| merged(&self.held[side][r][tensor]));
-            let here = common(&own, &want);
-            let missing = want.iter().map(Rect::area).sum::<u64>() - here;
-            lacks += missing;
-            let name = &self.tensors[tensor].0;
-            ensure!(got.iter().map(Rect::area).sum::<u64>() == missing, "{name}: {got:?} for {want:?} less {own:?}");
-            ensure!(common(got, &want) == missing, "{name}: {got:?} is not in {want:?}");
-            ensure!(common(got, &own) == 0, "{name}: {got:?}, but there was {own:?}");
-            got.sort_unstable();
-            for (i, one) in got.iter().enumerate() {
-                let others = got[i + 1..].iter().take_while(|o| o.rows[0] < one.rows[1]);
-                ensure!(others.into_iter().all(|o| o.meet(one).is_none()), "{name}: twice in {got:?}");
-            }
-        }
-        ensure!(plan.wire_bytes().1 == lacks * item, "{:?} bytes on the wire, {} are lacking", plan.wire_bytes(), lacks * item);
-        Ok(())
-    }
-}
-
-/// That a part lies at an end (side, rank, row of its buffers) where that rank has it: looked at in its corners.
-fn lies(
-    held: &[Vec<Vec<Vec<Held>>>; 2],
-    params: &mut HashMap<(usize, usize, u32), Param>,
-    (world, sides): (&World, [&Side; 2]),
-    (side, rank, buffer): (usize, usize, u32),
-    tensor: usize,
-    part: &Part,
-) -> Result<(), String> {
-    let rect = part.rect;
-    for row in [rect.rows[0], rect.rows[1] - 1] {
-        for col in [rect.cols[0], rect.cols[1] - 1] {
-            let inside = |h: &&Held| h.rect.meet(&Rect { rows: [row, row + 1], cols: [col, col + 1] }).is_some();
-            let Some(h) = held[side][rank][tensor].iter().find(inside) else {
-                return Err(format!("rank {rank}, side {side}, does not have row {row}, column {col}"));
-            };
-            let expected = h.at + (row - h.rect.rows[0]) * h.stride + col - h.rect.cols[0];
-            let given = part.ends[side].of(row - rect.rows[0], col - rect.cols[0]);
-            ensure!(given == expected, "rank {rank}, side {side}: ({row}, {col}) is at {expected}, not {given}");
-            let sources = if side == 1 { world.sides()[0].count(rank as u32) } else { 0 };
-            let param = params.entry((side, rank, buffer)).or_insert_with(|| {
-                let name = world.param_name(side, rank as u32, buffer - sources);
-                let right = name.is_some_and(|n| n == holds::name(sides[side].framework, h.param));
-                if right { h.param } else { (None, "another") }
+                Rc::new(Cells::new(&boxes, &mut self.egress))
             });
-            ensure!(*param == h.param, "rank {rank}, side {side}: buffer {buffer} is {param:?}, not {:?}", h.param);
+            cells.wanted(self.tensors[tensor].item, &mut self.egress);
+            self.cells.push(cells.clone());
         }
     }
-    Ok(())
-}
 
-/// The same elements in fewer rectangles: those that follow each other are one.
-fn merged(held: &[Held]) -> Vec<Rect> {
-    let mut all: Vec<Rect> = held.iter().map(|h| h.rect).collect();
-    all.sort_unstable();
-    let mut out: Vec<Rect> = vec![];
-    for rect in all {
-        match out.last_mut() {
-            Some(last) if last.cols == rect.cols && last.rows[1] == rect.rows[0] => last.rows[1] = rect.rows[1],
-            _ => out.push(rect),
+    /// See [`Seen::stage`].
+    fn stage(&self) -> f64 {
+        let side = self.sides[0];
+        let mut stages: HashMap<u64, Vec<u64>> = HashMap::new();
+        for (at, &rank) in (0..).zip(&side.ranks) {
+            stages.entry(side.place(at).stage).or_default().push(self.dense[rank as usize]);
         }
+        let figure = |sent: &Vec<u64>| {
+            let all = sent.iter().sum::<u64>().max(1);
+            sent.iter().copied().max().unwrap_or(0) as f64 * sent.len() as f64 / all as f64
+        };
+        stages.values().map(figure).fold(0.0, f64::max)
     }
-    out
-}
-
-/// Elements that two lists of disjoint rectangles have in common.
-fn common(a: &[Rect], b: &[Rect]) -> u64 {
-    a.iter().flat_map(|x| b.iter().filter_map(|y| x.meet(y))).map(|r| r.area()).sum()
 }

@@ -1,30 +1,29 @@
-//! Models: what their config.json says, and the logical tensors that follow.
+//! Models: what their config.json says.
 
 use serde_json::{Value, json};
-
-/// A logical tensor: its layer, if it belongs to one, and the rest of its name.
-pub type Key = (Option<u64>, &'static str);
-
-pub const EMBED: &str = "model.embed_tokens.weight";
-pub const HEAD: &str = "lm_head.weight";
-pub const NORM: &str = "model.norm.weight";
 
 const HALF: &str = "float16";
 const BF16: &str = "bfloat16";
 const FULL: &str = "float32";
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     Llama,
     Qwen2,
     Qwen3,
+    Mixtral,
+    Qwen2Moe,
+    Qwen3Moe,
+    DeepSeekV2,
+    DeepSeekV3,
+    GptOss,
 }
 
 use Family::*;
 
 /// The members of config.json that say how large a model is; `head_dim` 0 where the config has none.
 pub struct Model {
-    family: Family,
+    pub family: Family,
     dtype: &'static str,
     pub hidden: u64,
     pub layers: u64,
@@ -34,8 +33,35 @@ pub struct Model {
     pub ffn: u64,
     pub vocabulary: u64,
     pub tied: bool,
+    pub experts: Option<Experts>,
+    pub latent: Option<Latent>,
     /// Parameters, where somebody else has counted them.
     pub total: Option<u64>,
+}
+
+/// Routed experts and the one that all tokens share.
+#[derive(Clone, Copy)]
+pub struct Experts {
+    pub count: u64,
+    pub width: u64,
+    /// Width of the shared one; 0: none.
+    pub shared: u64,
+    /// Layers before the first with experts.
+    dense: u64,
+    /// Only every so manieth layer has experts.
+    every: u64,
+}
+
+/// Attention with latent keys and values.
+#[derive(Clone, Copy)]
+pub struct Latent {
+    /// Rank of the queries; 0: they have none.
+    pub q: u64,
+    pub kv: u64,
+    /// Per head: what is not rotated, what is, values.
+    pub nope: u64,
+    pub rope: u64,
+    pub value: u64,
 }
 
 /// Name, family, dtype; hidden size, layers, heads, groups, head_dim, ffn, vocabulary; tied; total.
@@ -80,15 +106,57 @@ const OTHERS: [Row; 8] = [
     ("swaps",        Llama, BF16, [  32,  4,   8,   4,   0,   128,   128], false, None),
 ];
 
+/// Name, family; as above; experts, their width, that of the shared one, first layers without; every so manieth layer with; rank of
+/// the queries; total.
+type Sparse = (&'static str, Family, [u64; 7], [u64; 4], u64, u64, Option<u64>);
+
+/// Public models with experts, then sizes made up: experts in some layers only.
+#[rustfmt::skip]
+const SPARSE: [Sparse; 15] = [
+    ("Mixtral-8x7B",     Mixtral,    [4096, 32,  32,   8,   0, 14336,  32000], [  8, 14336,    0, 0], 1,    0, Some(   46_702_792_704)),
+    ("Mixtral-8x22B",    Mixtral,    [6144, 56,  48,   8,   0, 16384,  32000], [  8, 16384,    0, 0], 1,    0, Some(  140_620_634_112)),
+    ("Qwen1.5-MoE-A2.7B",Qwen2Moe,   [2048, 24,  16,  16,   0,  5632, 151936], [ 60,  1408, 5632, 0], 1,    0, None),
+    ("Qwen3-30B-A3B",    Qwen3Moe,   [2048, 48,  32,   4, 128,  6144, 151936], [128,   768,    0, 0], 1,    0, Some(   30_532_122_624)),
+    ("Qwen3-235B-A22B",  Qwen3Moe,   [4096, 94,  64,   4, 128, 12288, 151936], [128,  1536,    0, 0], 1,    0, Some(  235_093_634_560)),
+    ("DeepSeek-V2-Lite", DeepSeekV2, [2048, 27,  16,  16,   0, 10944, 102400], [ 64,  1408, 2816, 1], 1,    0, Some(   15_706_484_224)),
+    ("DeepSeek-V2",      DeepSeekV2, [5120, 60, 128, 128,   0, 12288, 102400], [160,  1536, 3072, 1], 1, 1536, Some(  235_741_434_880)),
+    ("DeepSeek-V3",      DeepSeekV3, [7168, 61, 128, 128,   0, 18432, 129280], [256,  2048, 2048, 3], 1, 1536, Some(  671_026_419_200)),
+    ("Kimi-K2",          DeepSeekV3, [7168, 61,  64,  64,   0, 18432, 163840], [384,  2048, 2048, 1], 1, 1536, Some(1_026_408_232_448)),
+    ("Moonlight-16B-A3B",DeepSeekV3, [2048, 27,  16,  16,   0, 11264, 163840], [ 64,  1408, 2816, 1], 1,    0, Some(   15_960_110_208)),
+    ("gpt-oss-20b",      GptOss,     [2880, 24,  64,   8,  64,  2880, 201088], [ 32,  2880,    0, 0], 1,    0, Some(   20_914_757_184)),
+    ("gpt-oss-120b",     GptOss,     [2880, 36,  64,   8,  64,  2880, 201088], [128,  2880,    0, 0], 1,    0, Some(  116_829_156_672)),
+    ("every second",     Qwen3Moe,   [2048, 12,  16,   4, 128,  6144,  48192], [ 24,   768,    0, 0], 2,    0, None),
+    ("every third",      DeepSeekV3, [2048, 13,  12,  12,   0,  6144,  48192], [ 36,  1536, 1536, 2], 3,  768, None),
+    ("shared and gated", Qwen2Moe,   [3072, 12,  24,   6,   0,  9216,  48192], [ 18,  1152, 4608, 0], 3,    0, None),
+];
+
 impl Model {
     pub fn named(name: &str) -> Model {
+        if let Some(row) = SPARSE.iter().find(|r| r.0 == name) {
+            let &(
+                _,
+                family,
+                [hidden, layers, heads, groups, head_dim, ffn, vocabulary],
+                [count, width, shared, dense],
+                every,
+                q,
+                total,
+            ) = row;
+            let deep = matches!(family, DeepSeekV2 | DeepSeekV3);
+            // These are the same in all of them.
+            let latent = deep.then_some(Latent { q, kv: 512, nope: 128, rope: 64, value: 128 });
+            let experts = Some(Experts { count, width, shared, dense, every });
+            let (dtype, tied) = (BF16, false);
+            return Model { family, dtype, hidden, layers, heads, groups, head_dim, ffn, vocabulary, tied, experts, latent, total };
+        }
         let row = REAL.iter().chain(&OTHERS).find(|r| r.0 == name).unwrap_or_else(|| panic!("no model {name}"));
         let &(_, family, dtype, [hidden, layers, heads, groups, head_dim, ffn, vocabulary], tied, total) = row;
-        Model { family, dtype, hidden, layers, heads, groups, head_dim, ffn, vocabulary, tied, total }
+        let (experts, latent) = (None, None);
+        Model { family, dtype, hidden, layers, heads, groups, head_dim, ffn, vocabulary, tied, experts, latent, total }
     }
 
     pub fn all() -> impl Iterator<Item = &'static str> {
-        REAL.iter().chain(&OTHERS).map(|r| r.0)
+        REAL.iter().chain(&OTHERS).map(|r| r.0).chain(SPARSE.iter().map(|r| r.0))
     }
 
     pub fn config(&self) -> Value {
@@ -96,6 +164,12 @@ impl Model {
             Llama => "LlamaForCausalLM",
             Qwen2 => "Qwen2ForCausalLM",
             Qwen3 => "Qwen3ForCausalLM",
+            Mixtral => "MixtralForCausalLM",
+            Qwen2Moe => "Qwen2MoeForCausalLM",
+            Qwen3Moe => "Qwen3MoeForCausalLM",
+            DeepSeekV2 => "DeepseekV2ForCausalLM",
+            DeepSeekV3 => "DeepseekV3ForCausalLM",
+            GptOss => "GptOssForCausalLM",
         };
         let mut config = json!({
             "architectures": [architecture], "hidden_size": self.hidden, "num_hidden_layers": self.layers,
@@ -103,11 +177,48 @@ impl Model {
             "vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, "torch_dtype": self.dtype,
             "hidden_act": "silu", "rope_theta": 500000.0, "max_position_embeddings": 32768,
         });
+        let mut set = |name: &str, value: Value| config[name] = value;
         if self.head_dim > 0 {
-            config["head_dim"] = self.head_dim.into();
+            set("head_dim", self.head_dim.into());
         }
-        if self.family != Qwen2 {
-            config["attention_bias"] = false.into();
+        match self.family {
+            GptOss => set("attention_bias", true.into()),
+            Qwen2 | Qwen2Moe | Mixtral => {}
+            _ => set("attention_bias", false.into()),
+        }
+        if let Some(e) = self.experts {
+            match self.family {
+                Mixtral | GptOss => set("num_local_experts", e.count.into()),
+                Qwen2Moe | Qwen3Moe => {
+                    set("num_experts", e.count.into());
+                    set("moe_intermediate_size", e.width.into());
+                    set("decoder_sparse_step", e.every.into());
+                    set("mlp_only_layers", json!([]));
+                    if e.shared > 0 {
+                        set("shared_expert_intermediate_size", e.shared.into());
+                    }
+                }
+                _ => {
+                    set("n_routed_experts", e.count.into());
+                    set("moe_intermediate_size", e.width.into());
+                    set("n_shared_experts", (e.shared / e.width).into());
+                    set("first_k_dense_replace", e.dense.into());
+                    set("moe_layer_freq", e.every.into());
+                    let grouped = [160, 256].contains(&e.count);
+                    let greedy = if grouped { "group_limited_greedy" } else { "greedy" };
+                    set("topk_method", if self.family == DeepSeekV3 { "noaux_tc" } else { greedy }.into());
+                    set("num_nextn_predict_layers", 1.into());
+                    // vLLM deals experts out only where they are grouped.
+                    set("n_group", if grouped { 8 } else { 1 }.into());
+                }
+            }
+        }
+        if let Some(l) = self.latent {
+            set("q_lora_rank", if l.q > 0 { l.q.into() } else { Value::Null });
+            set("kv_lora_rank", l.kv.into());
+            set("qk_nope_head_dim", l.nope.into());
+            set("qk_rope_head_dim", l.rope.into());
+            set("v_head_dim", l.value.into());
         }
         config
     }
@@ -121,54 +232,19 @@ impl Model {
         if self.dtype == FULL { 4 } else { 2 }
     }
 
-    /// The tensors of a layer: rows and columns, 0 columns where there is one axis only.
-    pub fn of_layer(&self) -> Vec<(&'static str, u64, u64)> {
-        let (q, kv, h) = (self.heads * self.head(), self.groups * self.head(), self.hidden);
-        let mut out = vec![
-            ("input_layernorm.weight", h, 0),
-            ("post_attention_layernorm.weight", h, 0),
-            ("self_attn.q_proj.weight", q, h),
-            ("self_attn.k_proj.weight", kv, h),
-            ("self_attn.v_proj.weight", kv, h),
-            ("self_attn.o_proj.weight", h, q),
-            ("mlp.gate_proj.weight", self.ffn, h),
-            ("mlp.up_proj.weight", self.ffn, h),
-            ("mlp.down_proj.weight", h, self.ffn),
-        ];
-        if self.has_bias() {
-            out.extend([("self_attn.q_proj.bias", q, 0), ("self_attn.k_proj.bias", kv, 0), ("self_attn.v_proj.bias", kv, 0)]);
-        }
-        if self.has_head_norms() {
-            out.extend([("self_attn.q_norm.weight", self.head(), 0), ("self_attn.k_norm.weight", self.head(), 0)]);
-        }
-        out
-    }
-
     pub fn has_bias(&self) -> bool {
-        self.family == Qwen2
+        matches!(self.family, Qwen2 | Qwen2Moe | GptOss)
     }
 
     pub fn has_head_norms(&self) -> bool {
-        self.family == Qwen3
+        matches!(self.family, Qwen3 | Qwen3Moe)
     }
 
-    /// All logical tensors, as those of a layer.
-    pub fn tensors(&self) -> Vec<(Key, u64, u64)> {
-        let mut out = vec![((None, EMBED), self.vocabulary, self.hidden), ((None, NORM), self.hidden, 0)];
-        if !self.tied {
-            out.push(((None, HEAD), self.vocabulary, self.hidden));
-        }
-        for layer in 0..self.layers {
-            out.extend(self.of_layer().into_iter().map(|(name, rows, cols)| ((Some(layer), name), rows, cols)));
-        }
-        out
-    }
-}
-
-/// A tensor's name in the checkpoint.
-pub fn name(key: Key) -> String {
-    match key {
-        (Some(layer), rest) => format!("model.layers.{layer}.{rest}"),
-        (None, name) => name.into(),
+    /// Whether a layer has experts in place of one MLP.
+    pub fn has_experts(&self, layer: u64) -> bool {
+        self.experts.is_some_and(|e| match self.family {
+            Qwen2Moe | Qwen3Moe => (layer + 1) % e.every == 0,
+            _ => layer >= e.dense && layer % e.every == 0,
+        })
     }
 }

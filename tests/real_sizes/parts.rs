@@ -25,8 +25,44 @@ pub struct Part {
     pub ends: [End; 2],
 }
 
-/// All rectangles of a piece of a tensor with rows of `width` elements; `None`: it is no list of rectangles.
-pub fn parts(piece: &Piece, width: u64) -> Option<Vec<Part>> {
+/// All rectangles of a piece of a tensor with rows of `width` elements, where columns of two kinds may take turns; `None`: it is no
+/// list of rectangles.
+pub fn parts(piece: &Piece, width: u64, interleaved: bool) -> Option<Vec<Part>> {
+    if !interleaved {
+        return of_rows(piece, width);
+    }
+    let mut out = vec![];
+    for half in halves(piece)? {
+        let before = half.key % 2 * (width / 2);
+        let mut axes = half.axes.clone();
+        axes.iter_mut().for_each(|a| a.key /= 2);
+        let shifted = |mut part: Part| {
+            part.rect.cols = part.rect.cols.map(|col| col + before);
+            part
+        };
+        out.extend(of_rows(&Piece { key: half.key / 2, axes, ..half }, width / 2)?.into_iter().map(shifted));
+    }
+    Some(out)
+}
+
+/// What a piece has of the even columns, and of the odd ones.
+fn halves(piece: &Piece) -> Option<Vec<Piece>> {
+    let Some(at) = piece.axes.iter().position(|a| a.key % 2 == 1) else { return Some(vec![piece.clone()]) };
+    let axis = piece.axes[at];
+    let others = piece.axes.iter().enumerate().all(|(i, a)| i == at || a.key % 2 == 0);
+    let half = |first: u64| {
+        let mut half = piece.clone();
+        half.key += first * axis.key;
+        half.src.offset += first * axis.src;
+        half.dst.offset += first * axis.dst;
+        half.axes[at] =
+            PieceAxis { extent: (axis.extent + 1 - first) / 2, key: 2 * axis.key, src: 2 * axis.src, dst: 2 * axis.dst };
+        half
+    };
+    others.then(|| vec![half(0), half(1)])
+}
+
+fn of_rows(piece: &Piece, width: u64) -> Option<Vec<Part>> {
     let mut axes = piece.axes.clone();
     axes.sort_by_key(|a| a.key);
     let run = match axes.first() {

@@ -15,7 +15,7 @@ pub enum Framework {
 use Framework::*;
 
 /// Short names of the settings that a line may give.
-const MEGATRON: [(&str, &str); 16] = [
+const MEGATRON: [(&str, &str); 22] = [
     ("tp", "tensor_model_parallel_size"),
     ("pp", "pipeline_model_parallel_size"),
     ("vpp", "virtual_pipeline_model_parallel_size"),
@@ -32,13 +32,23 @@ const MEGATRON: [(&str, &str); 16] = [
     ("noop", "noop_layers"),
     ("div", "make_vocab_size_divisible_by"),
     ("padded", "padded_vocab_size"),
+    ("ep", "expert_model_parallel_size"),
+    ("etp", "expert_tensor_parallel_size"),
+    ("grouped", "moe_grouped_gemm"),
+    ("legacy", "moe_use_legacy_grouped_gemm"),
+    ("extend", "moe_tp_extend_ep"),
+    ("cut", "mla_down_proj_cut"),
 ];
-const VLLM: [(&str, &str); 5] = [
+const VLLM: [(&str, &str); 9] = [
     ("tp", "tensor_parallel_size"),
     ("pp", "pipeline_parallel_size"),
     ("dp", "data_parallel_size"),
     ("replicas", "replicas"),
     ("parts", "VLLM_PP_LAYER_PARTITION"),
+    ("ep", "enable_expert_parallel"),
+    ("deal", "expert_placement_strategy"),
+    ("storage", "expert_storage"),
+    ("eplb", "physical_to_logical_map"), // here the number of redundant slots
 ];
 
 pub struct Side {
@@ -47,6 +57,16 @@ pub struct Side {
     /// Ranks in the framework's own order.
     pub ranks: Vec<u32>,
     settings: Vec<(String, String)>,
+}
+
+/// Where a rank stands.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    pub tp: u64,
+    pub stage: u64,
+    /// Which share of the experts it has, and which part of each.
+    pub expert: u64,
+    pub expert_tp: u64,
 }
 
 /// What a pipeline stage has of the model.
@@ -97,6 +117,15 @@ impl Side {
         self.get(key).is_some()
     }
 
+    /// One that is on or off.
+    pub fn switch(&self, key: &str) -> Option<bool> {
+        self.get(key).map(|value| value == "true")
+    }
+
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.get(key)
+    }
+
     pub fn number(&self, key: &str) -> Option<u64> {
         self.get(key).map(|n| n.parse().expect("a number"))
     }
@@ -111,7 +140,7 @@ impl Side {
     }
 
     /// As the library reads it.
-    pub fn json(&self) -> Value {
+    pub fn json(&self, model: &Model) -> Value {
         let (framework, names): (_, &[(&str, &str)]) = match self.framework {
             Megatron => ("megatron", &MEGATRON),
             VLlm => ("vllm", &VLLM),
@@ -124,8 +153,9 @@ impl Side {
             let name = names.iter().find(|n| n.0 == key).unwrap_or_else(|| panic!("no setting {key}")).1;
             let list = ["list", "noop", "parts", "layout"].contains(&key.as_str());
             let value = match text.parse::<u64>() {
+                Ok(_) if key == "eplb" => self.slots(model).into(),
                 Ok(number) if !list => number.into(),
-                _ if text == "true" => true.into(),
+                _ if ["true", "false"].contains(&text.as_str()) => (text == "true").into(),
                 _ => Value::from(text.as_str()),
             };
             out.insert(name.into(), value);
@@ -133,18 +163,90 @@ impl Side {
         Value::Object(out)
     }
 
-    /// Tensor parallel rank and pipeline stage of the rank at a place of `ranks`.
-    pub fn coordinates(&self, at: u64) -> (u64, u64) {
+    /// Of the rank at a place of `ranks`.
+    pub fn place(&self, at: u64) -> Place {
         let (tp, pp, count) = (self.size("tp"), self.size("pp"), self.ranks.len() as u64);
         match self.framework {
-            Hf => (0, 0),
-            VLlm => (at % tp, at / tp % pp),
+            Hf => Place { tp: 0, stage: 0, expert: 0, expert_tp: 0 },
+            VLlm => {
+                // All ranks of a stage in an engine share the experts.
+                let of_all = at / (tp * pp) % self.size("dp") * tp + at % tp;
+                let (expert, expert_tp) = if self.flag("ep") { (of_all, 0) } else { (0, of_all) };
+                Place { tp: at % tp, stage: at / tp % pp, expert, expert_tp }
+            }
             Megatron => {
                 let cp = self.size("cp");
                 let dp = count / (tp * cp * pp);
-                (at % tp, if self.flag("order") { at / (tp * cp) % pp } else { at / (tp * cp * dp) })
+                let stage = if self.flag("order") { at / (tp * cp) % pp } else { at / (tp * cp * dp) };
+                let etp = self.expert_tp();
+                Place { tp: at % tp, stage, expert: at / etp % self.shares(), expert_tp: at % etp }
             }
         }
+    }
+
+    /// In how many parts an expert is cut.
+    pub fn expert_tp(&self) -> u64 {
+        match self.framework {
+            Hf => 1,
+            VLlm if self.flag("ep") => 1,
+            VLlm => self.size("tp") * self.size("dp"),
+            // The ranks of tensor parallelism share the experts too.
+            Megatron if self.flag("extend") => 1,
+            Megatron => self.number("etp").unwrap_or(self.size("tp")),
+        }
+    }
+
+    /// Among how many the experts are shared.
+    fn shares(&self) -> u64 {
+        match self.framework {
+            VLlm if self.flag("ep") => self.size("tp") * self.size("dp"),
+            Megatron if self.flag("extend") => self.size("tp") * self.size("ep"),
+            Megatron => self.size("ep"),
+            _ => 1,
+        }
+    }
+
+    /// Whether some ranks have more experts than others.
+    pub fn uneven(&self, model: &Model) -> bool {
+        model.experts.is_some_and(|e| (e.count + self.number("eplb").unwrap_or(0)) % self.shares() > 0)
+    }
+
+    /// The experts of a share in a layer, by slot.
+    pub fn experts(&self, model: &Model, share: u64, layer: u64) -> Vec<u64> {
+        let (count, shares) = (model.experts.expect("experts").count, self.shares());
+        if let Some(more) = self.number("eplb") {
+            let each = (count + more) / shares;
+            return (share * each..(share + 1) * each).map(|slot| expert_of(slot, layer, count)).collect();
+        }
+        if self.get("deal") == Some("round_robin") {
+            return (share..count).step_by(shares as usize).collect();
+        }
+        assert!(self.framework == VLlm || count % shares == 0, "{count} experts on {shares}");
+        let (base, more) = (count / shares, count % shares);
+        let first = share * base + share.min(more);
+        (first..first + base + u64::from(share < more)).collect()
+    }
+
+    /// The experts of all slots, of each layer that has any.
+    fn slots(&self, model: &Model) -> Vec<Vec<u64>> {
+        let count = model.experts.expect("experts").count;
+        let slots = count + self.size("eplb");
+        let of = |layer: u64| (0..slots).map(|slot| expert_of(slot, layer, count)).collect();
+        (0..model.layers).filter(|&layer| model.has_experts(layer)).map(of).collect()
+    }
+
+    /// Whether each layer has its experts elsewhere.
+    pub fn mapped(&self) -> bool {
+        self.flag("eplb")
+    }
+
+    /// The stage of each layer.
+    pub fn stage_of(&self, model: &Model) -> Vec<usize> {
+        let mut out = vec![0; model.layers as usize];
+        for (stage, chunks) in self.stages(model).iter().enumerate() {
+            chunks.iter().flat_map(|c| c.layers.iter().flatten()).for_each(|&layer| out[layer as usize] = stage);
+        }
+        out
     }
 
     /// The chunks of each stage.
@@ -224,6 +326,11 @@ impl Side {
     }
 }
 
+/// Some order of the experts, another in each layer, again and again: slots that follow each other have different ones.
+fn expert_of(slot: u64, layer: u64, count: u64) -> u64 {
+    (slot * 7 + layer * 11) % count
+}
+
 /// A layout with its repetitions written out and its commas left out.
 fn expand(layout: &str) -> String {
     fn sequence(rest: &mut std::iter::Peekable<std::str::Chars<'_>>) -> String {
@@ -254,6 +361,6 @@ fn expand(layout: &str) -> String {
 #[test]
 fn layouts_are_expanded_as_megatron_does() {
     assert_eq!(expand("Et*3|(tt|)*2,t|L"), "Ettt|tt|tt|t|L");
-    // 3.6's example, without its m.
+    // 61 layers over 32 chunks, without what follows the last.
     assert_eq!(expand("Et*3|(tt|)*29,|L").matches('t').count(), 61);
 }
