@@ -67,7 +67,7 @@ fn deepseek_and_kin() {
 }
 
 #[test]
-#[ignore = "minutes: planning is slow where an engine's rank has parts of very many experts"]
+#[ignore = "minutes: every rank has parts of all experts; tests/long.sh runs it"]
 fn experts_cut_often() {
     run(CUT_OFTEN);
 }
