@@ -88,7 +88,9 @@ def dense(shape):
 
 
 def files(framework="*"):
-    return [Golden(path) for path in sorted(glob.glob(f"{FOLDER}/{framework}/*.json"))]
+    # The oracle does not know gpt-oss; gpt_oss.py reads its file.
+    paths = (path for path in sorted(glob.glob(f"{FOLDER}/{framework}/*.json")) if "gpt_oss" not in path)
+    return [Golden(path) for path in paths]
 
 
 def check_oracle():
