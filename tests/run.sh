@@ -36,6 +36,7 @@ asan_rust() {
         [[ $name == real_sizes ]] || targets+=(--test "$name")
     done
     some_tests sanitized test "${targets[@]}" --no-fail-fast
+    sanitized build --lib
     built=target/asan/$(host)/debug
     holds __asan_report "$built/libreshard.a" || { echo "libreshard.a is not sanitized"; return 1; }
     for program in "$built"/deps/*; do
