@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
+use wildmatch::WildMatchPattern;
 
 /// A parameter that the spec says a rank has.
 struct Expected {
@@ -142,7 +143,7 @@ impl Preset {
         }
         let sides = (0..2).filter(|&s| b.role & ROLES[s] != 0);
         let found: Vec<Option<usize>> = sides.clone().map(|s| self.find(s, b)).collect();
-        if found.iter().all(Option::is_none) && self.world.spec.ignore.iter().any(|p| matches(p.as_bytes(), b.name.as_bytes())) {
+        if found.iter().all(Option::is_none) && self.world.spec.ignore.iter().any(|p| matches(p, b.name)) {
             return Ok(());
         }
         if let Some(mark) = ["lora_A", "lora_B", ".base_layer."].iter().find(|mark| b.name.contains(**mark)) {
@@ -327,25 +328,9 @@ fn dense(shape: &[i64]) -> Vec<i64> {
     (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect()
 }
 
-/// Whether a name fits a pattern, in which `*` stands for any run of characters.
-fn matches(pattern: &[u8], name: &[u8]) -> bool {
-    let (mut p, mut n) = (0, 0);
-    // The last star, and what it stands for so far: a mismatch lets it stand for one more.
-    let mut star: Option<(usize, usize)> = None;
-    while n < name.len() {
-        if pattern.get(p) == Some(&b'*') {
-            star = Some((p, n));
-            p += 1;
-        } else if pattern.get(p) == Some(&name[n]) {
-            (p, n) = (p + 1, n + 1);
-        } else if let Some((at, end)) = star {
-            star = Some((at, end + 1));
-            (p, n) = (at + 1, end + 1);
-        } else {
-            return false;
-        }
-    }
-    pattern[p..].iter().all(|&c| c == b'*')
+/// Whether a name fits a pattern, in which `*` stands for any run of characters. No name has the other wildcard.
+fn matches(pattern: &str, name: &str) -> bool {
+    WildMatchPattern::<'*', '\0'>::new(pattern).matches(name)
 }
 
 #[cfg(test)]
@@ -366,7 +351,7 @@ mod tests {
             ("a*b*c", "aXcXb", false),
             ("**a**", "bab", true),
         ] {
-            assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), fits, "{pattern} {name}");
+            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
         }
     }
 }
