@@ -8,7 +8,7 @@ use crate::comm::{Access, Comm, Deadline, Window};
 use crate::error::{Error, Result, bail, err};
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
-use crate::plan::rounds::LEAST_MESSAGE;
+use crate::plan::rounds::{LEAST_MESSAGE, message_size};
 use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
 use std::collections::{BTreeMap, HashSet};
@@ -140,11 +140,10 @@ impl Container {
         let planned = planned?;
 
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
-        let mut message = staging / (4 * u64::from(peers.max(1)));
+        let mut message = message_size(staging, peers.into());
         if let Some(pipe) = comm.pipe() {
-            message = message.min(pipe.capacity() as u64);
+            message = message.min(pipe.capacity() as u64 / 256 * 256);
         }
-        message -= message % 256;
         if message < LEAST_MESSAGE {
             bail!(
                 RS_ERR_INVALID,

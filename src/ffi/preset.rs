@@ -129,8 +129,8 @@ impl PresetHandle {
                     // The rest of what its targets hold, it holds itself.
                     let local = preset.target_bytes() - received - doubled;
                     let peer = |p: &Peer| {
-                        let sum = |list: &[Piece]| list.iter().map(Piece::bytes).sum::<u64>();
-                        json!({"rank": p.rank, "sent": sum(&p.out), "received": sum(&p.into)})
+                        let (sent, received) = p.wire_bytes();
+                        json!({"rank": p.rank, "sent": sent, "received": received})
                     };
                     Ok(json!({
                         "rank": preset.rank(),

@@ -221,6 +221,14 @@ pub struct Peer {
     pub into: Vec<Piece>,
 }
 
+impl Peer {
+    /// Bytes sent and received.
+    pub fn wire_bytes(&self) -> (u64, u64) {
+        let sum = |list: &[Piece]| list.iter().map(Piece::bytes).sum();
+        (sum(&self.out), sum(&self.into))
+    }
+}
+
 /// A rank's own moves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -233,8 +241,7 @@ pub struct Plan {
 impl Plan {
     /// Bytes sent and received.
     pub fn wire_bytes(&self) -> (u64, u64) {
-        let sum = |f: fn(&Peer) -> &Vec<Piece>| self.peers.iter().flat_map(f).map(Piece::bytes).sum();
-        (sum(|p| &p.out), sum(|p| &p.into))
+        self.peers.iter().map(Peer::wire_bytes).fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1))
     }
 
     /// Puts the pieces of each pair in their order: by tensor, then by box. No two of a pair have the same of both.

@@ -7,9 +7,11 @@ use serde_json::{Value, json};
 
 /// Bytes and messages by peer, at `message` bytes a message.
 pub fn peers(plan: &Plan, message: u64) -> Vec<Value> {
-    let sum = |list: &[Piece]| list.iter().map(Piece::bytes).sum::<u64>();
     let count = |list: &[Piece]| messages(list.iter().cloned(), message).len();
-    let line = |p: &super::Peer| json!({"rank": p.rank, "sent": sum(&p.out), "received": sum(&p.into), "messages_out": count(&p.out), "messages_in": count(&p.into)});
+    let line = |p: &super::Peer| {
+        let (sent, received) = p.wire_bytes();
+        json!({"rank": p.rank, "sent": sent, "received": received, "messages_out": count(&p.out), "messages_in": count(&p.into)})
+    };
     plan.peers.iter().map(line).collect()
 }
 

@@ -10,6 +10,12 @@ const CRUMB: u64 = 256;
 /// Least bytes of a message: with less, staging is too small for so many peers.
 pub const LEAST_MESSAGE: u64 = 4096;
 
+/// Bytes of a message where the rank with the most peers has so many and `staging` bytes: one to pack and one on its way, to each and
+/// from each. May be below [`LEAST_MESSAGE`].
+pub fn message_size(staging: u64, peers: u64) -> u64 {
+    staging / (4 * peers.max(1)) / CRUMB * CRUMB
+}
+
 /// Pieces that travel together, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Message {

@@ -3,7 +3,7 @@
 
 use super::Place;
 use super::closed::Alike;
-use super::rounds::LEAST_MESSAGE;
+use super::rounds::{LEAST_MESSAGE, message_size};
 use super::route::Router;
 use crate::error::Result;
 use crate::preset::spec::Links;
@@ -78,7 +78,7 @@ impl Sums {
         };
         let peers = peers.iter_mut().map(distinct).max().unwrap_or(0);
         // With less, connect would ask for more staging.
-        let message = (staging / (4 * peers.max(1)) / 256 * 256).max(LEAST_MESSAGE);
+        let message = message_size(staging, peers).max(LEAST_MESSAGE);
         let (rounds, figure) = self.rounds(message);
         let mut out = json!({
             "parameters": world.model().parameters(),
