@@ -65,54 +65,6 @@ pub struct TileRow {
     pub stride: [i64; RS_MAX_RANK],
 }
 
-impl TileRow {
-    /// What lies where, coalesced, for a tensor and a buffer with items of `item` bytes. The box lies in the tensor; whether it lies in
-    /// the buffer, and nests there, is not looked at.
-    fn pattern(&self, tensor: &Tensor, item: u32) -> Result<Pattern> {
-        let n = self.rank as usize;
-        if n > RS_MAX_RANK {
-            bail!(RS_ERR_INVALID, "rank is {n}, at most {RS_MAX_RANK} is possible");
-        }
-        let (view, origin, extent, stride) = (&self.view[..n], &self.origin[..n], &self.extent[..n], &self.stride[..n]);
-        if elements(view)? != tensor.elements {
-            bail!(
-                RS_ERR_INVALID,
-                "view {view:?} is no reshape of '{}' {:?}: it has {} elements instead of {}",
-                tensor.name,
-                tensor.shape,
-                elements(view)?,
-                tensor.elements
-            );
-        }
-        if self.byte_offset % u64::from(item) != 0 {
-            bail!(RS_ERR_INVALID, "byte_offset {} is no multiple of the item size {item}", self.byte_offset);
-        }
-        let mut pattern = Pattern { key: 0, val: self.byte_offset / u64::from(item), ..Pattern::default() };
-        let mut weight = 1u64;
-        for i in (0..n).rev() {
-            if origin[i] < 0 || extent[i] < 1 || extent[i] > view[i] || origin[i] > view[i] - extent[i] {
-                let shown = self.shown(&tensor.name);
-                bail!(RS_ERR_INVALID, "{shown} does not lie in its view {view:?} (leave out a tile without elements)");
-            }
-            if extent[i] > 1 && stride[i] < 1 {
-                bail!(RS_ERR_INVALID, "{}: stride[{i}] is {}, it must be at least 1", self.shown(&tensor.name), stride[i]);
-            }
-            // Inside the view, whose elements were counted without overflow.
-            pattern.key += origin[i] as u64 * weight;
-            if extent[i] > 1 {
-                pattern.axes.push(Axis { extent: extent[i] as u64, key: weight, val: stride[i] as u64 });
-            }
-            weight *= view[i] as u64;
-        }
-        Ok(pattern.coalesce())
-    }
-
-    fn shown(&self, tensor: &str) -> String {
-        let n = self.rank as usize;
-        format!("box {} of '{tensor}'", ranges(&self.origin[..n], &self.extent[..n]))
-    }
-}
-
 /// A logical tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
@@ -234,20 +186,53 @@ impl Layout {
         if row.transform != RS_TRANSFORM_NONE {
             bail!(RS_ERR_UNSUPPORTED, "transform {}: only RS_TRANSFORM_NONE (0) is built", row.transform);
         }
-        let pattern = row.pattern(tensor, buffer.item)?;
-        let shown = || row.shown(&tensor.name);
+        let n = row.rank as usize;
+        if n > RS_MAX_RANK {
+            bail!(RS_ERR_INVALID, "rank is {n}, at most {RS_MAX_RANK} is possible");
+        }
+        let (view, origin, extent, stride) = (&row.view[..n], &row.origin[..n], &row.extent[..n], &row.stride[..n]);
+        if elements(view)? != tensor.elements {
+            bail!(
+                RS_ERR_INVALID,
+                "view {view:?} is no reshape of '{}' {:?}: it has {} elements instead of {}",
+                tensor.name,
+                tensor.shape,
+                elements(view)?,
+                tensor.elements
+            );
+        }
+        let shown = || format!("box {} of '{}'", ranges(origin, extent), tensor.name);
+        if row.byte_offset % u64::from(buffer.item) != 0 {
+            bail!(RS_ERR_INVALID, "byte_offset {} is no multiple of the item size {}", row.byte_offset, buffer.item);
+        }
+        let mut pattern = Pattern { key: 0, val: row.byte_offset / u64::from(buffer.item), ..Pattern::default() };
+        let mut weight = 1u64;
+        for i in (0..n).rev() {
+            if origin[i] < 0 || extent[i] < 1 || extent[i] > view[i] || origin[i] > view[i] - extent[i] {
+                bail!(RS_ERR_INVALID, "{} does not lie in its view {view:?} (leave out a tile without elements)", shown());
+            }
+            if extent[i] > 1 && stride[i] < 1 {
+                bail!(RS_ERR_INVALID, "{}: stride[{i}] is {}, it must be at least 1", shown(), stride[i]);
+            }
+            // Inside the view, whose elements were counted without overflow.
+            pattern.key += origin[i] as u64 * weight;
+            if extent[i] > 1 {
+                pattern.axes.push(Axis { extent: extent[i] as u64, key: weight, val: stride[i] as u64 });
+            }
+            weight *= view[i] as u64;
+        }
         let last = span(pattern.val, pattern.axes.iter().map(|a| (a.extent, a.val)));
         let end = last.and_then(|l| l.checked_add(1)?.checked_mul(u64::from(buffer.item)));
         if end.is_none_or(|end| end > buffer.bytes) {
             let end = end.map_or("a number beyond 2^64".to_string(), |e| e.to_string());
             bail!(RS_ERR_LAYOUT, "{} ends at byte {end} of a buffer of {} bytes", shown(), buffer.bytes);
         }
+        let pattern = pattern.coalesce();
         if !pattern.flip().nests() {
             bail!(
                 RS_ERR_LAYOUT,
-                "{} with strides {:?}: strides must nest (sorted, each at least the next one times its extent)",
-                shown(),
-                &row.stride[..row.rank as usize]
+                "{} with strides {stride:?}: strides must nest (sorted, each at least the next one times its extent)",
+                shown()
             );
         }
         Ok(Tile { tensor: row.tensor, buffer: row.buffer, pattern })
