@@ -7,10 +7,11 @@ use super::model::Heads;
 use crate::abi::{RS_MAX_RANK, RS_TRANSFORM_NONE};
 use crate::geom::{Axis, Pattern};
 use crate::layout::TileRow;
+use serde::Serialize;
 use smallvec::{SmallVec, smallvec};
 
 /// One axis of a box.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Span {
     /// Extent of the view.
     pub view: u64,
@@ -23,7 +24,7 @@ pub struct Span {
 }
 
 /// A box of a tensor of some kind.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Cut {
     /// Index of the kind.
     pub kind: usize,

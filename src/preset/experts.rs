@@ -77,8 +77,9 @@ pub fn params(model: &Model, moe: &Moe, storage: Storage, names: [&str; 2], slot
 }
 
 /// The same for experts that are one tensor a projection (gpt-oss): gate and up by turns in its columns, transposed, with biases.
-/// vLLM's w13 keeps the turns; Megatron has gate over up. `names`: of weight and bias of both projections.
-pub fn fused(model: &Model, moe: &Moe, names: [&str; 4], slots: &[u32], (x, t): (u64, u64)) -> Vec<Param> {
+/// vLLM's w13 keeps the turns; Megatron has gate over up. `names`: of weight and bias of both projections. Stored one by one if that is
+/// `storage`, else stacked.
+pub fn fused(model: &Model, moe: &Moe, storage: Storage, names: [&str; 4], slots: &[u32], (x, t): (u64, u64)) -> Vec<Param> {
     let [gate_up, gate_up_bias, down, down_bias] = names::FUSED.map(|n| model.kind(Part::Layer(LayerType::Moe), n));
     let (all, h, ffn, local, count) = (moe.experts, model.hidden, moe.ffn, moe.ffn / t, slots.len() as u64);
     let one = |e: u32| Span { view: all, origin: e.into(), extent: 1, stride: 1 };
@@ -87,8 +88,7 @@ pub fn fused(model: &Model, moe: &Moe, names: [&str; 4], slots: &[u32], (x, t): 
     let half = |i: u64| Span { view: 2, origin: i, extent: 1, stride: 1 };
     let cut = |kind: usize, offset: u64, axes: &[Span]| Cut { kind, expert: 0, offset, axes: axes.into() };
     let each = || (0..).zip(slots);
-    let separate = names[0].contains("{}");
-    if separate {
+    if storage == Storage::TeGrouped {
         // Gate over up, and out by in.
         let params = |(j, &e): (u64, &u32)| {
             let name = |i: usize| names[i].replace("{}", &j.to_string());

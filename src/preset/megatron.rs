@@ -10,9 +10,9 @@ use super::experts::{self, Storage};
 use super::mesh::{Axis, Mesh};
 use super::model::{Attention, Latent, LayerType, MOST_ELEMENTS, Model, Moe, names};
 use super::pipeline::{Chunk, Placement};
-use super::shard::{Shard, final_norm, vocab};
+use super::shard::{BACK, DENSE, EXPERTS, FRONT, MOE, Shard, back, sections, vocab};
 use super::side::{Param, Parts, Section, Slot, Unused};
-use super::spec::{List, Ranks, divides, one, size};
+use super::spec::{List, Ranks, divides, for_experts, one, size};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use serde::Deserialize;
@@ -159,33 +159,22 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
         shape: vec![padded / tp, model.hidden],
     };
     let front = |r| vec![vocab(model, "embedding.word_embeddings.weight", names::EMBED, padded, r, tp)];
-    let mut sections = vec![
-        Section::new(0, (0..tp).map(front).collect()),
-        Section::new(0, (0..tp).map(|r| back(model, padded, copy && target, r, tp)).collect()),
-    ];
-    for layer in [LayerType::Dense, LayerType::Moe] {
-        let shard = |r| match model.layers.contains(&layer) {
-            true => layer_params(&Shard { model, layer, r, t: tp }, o),
-            false => vec![],
-        };
-        sections.push(Section::new(0, (0..tp).map(shard).collect()));
-    }
+    let last = ["decoder.final_layernorm.weight", "output_layer.weight"];
+    let back = |r| back(model, last, (copy && target).then_some(last[1]), padded, r, tp);
+    let mut sections = sections(model, tp, front, back, |shard| layer_params(shard, o));
     if let Some(moe) = &model.moe {
         let (mesh, section) = experts(model, moe, o, tp, pp)?;
         meshes.push(mesh);
         sections.push(section);
     }
-    for (member, given) in [
+    let given = [
         ("expert_model_parallel_size", o.expert_model_parallel_size != 1),
         ("expert_tensor_parallel_size", o.expert_tensor_parallel_size.is_some()),
         ("moe_tp_extend_ep", o.moe_tp_extend_ep),
         ("moe_grouped_gemm", o.moe_grouped_gemm),
         ("moe_use_legacy_grouped_gemm", o.moe_use_legacy_grouped_gemm),
-    ] {
-        if given && model.moe.is_none() {
-            bail!(RS_ERR_INVALID, "{member} is for models with experts; {} has none", model.architecture);
-        }
-    }
+    ];
+    for_experts(model, &given)?;
     Ok(Parts {
         meshes,
         ranks: o.ranks.0.clone(),
@@ -291,7 +280,7 @@ fn experts(model: &Model, moe: &Moe, o: &Options, tp: u64, pp: u64) -> Result<(M
     let shard = |s: u64| {
         let (slots, cut) = (&of[(s / etp) as usize], (s % etp, etp));
         match moe.fused {
-            true => experts::fused(model, moe, [names[0], biases[0], names[1], biases[1]], slots, cut),
+            true => experts::fused(model, moe, storage, [names[0], biases[0], names[1], biases[1]], slots, cut),
             false => experts::params(model, moe, storage, names, slots, cut),
         }
     };
@@ -317,13 +306,6 @@ fn padded(model: &Model, o: &Options, tp: u64) -> Result<u64> {
     Ok(padded)
 }
 
-/// Indices of sections.
-const FRONT: usize = 0;
-const BACK: usize = 1;
-const DENSE: usize = 2;
-const MOE: usize = 3;
-const EXPERTS: usize = 4;
-
 fn slots(model: &Model, chunks: &[Chunk]) -> Vec<Slot> {
     let mut out = vec![];
     for (i, chunk) in (0..).zip(chunks) {
@@ -337,16 +319,6 @@ fn slots(model: &Model, chunks: &[Chunk]) -> Vec<Slot> {
         if chunk.back {
             out.push(Slot::new(BACK, 0, i, String::new()));
         }
-    }
-    out
-}
-
-fn back(model: &Model, padded: u64, copy: bool, r: u64, t: u64) -> Vec<Param> {
-    let mut out = vec![final_norm(model, "decoder.final_layernorm.weight")];
-    if !model.tied {
-        out.push(vocab(model, "output_layer.weight", names::HEAD, padded, r, t));
-    } else if copy {
-        out.push(vocab(model, "output_layer.weight", names::EMBED, padded, r, t));
     }
     out
 }
@@ -378,12 +350,9 @@ fn layer_params(shard: &Shard<'_>, o: &Options) -> Vec<Param> {
                 out.push(shard.whole("self_attention.k_layernorm.weight", names::K_NORM));
             }
         }
+        Attention::Latent(a) if o.mla_weights != MlaWeights::Core => out.extend(mindspeed_latent(shard, o, a)),
         Attention::Latent(a) => {
             out.push(shard.whole("input_layernorm.weight", names::INPUT_NORM));
-            if o.mla_weights != MlaWeights::Core {
-                out.extend(mindspeed_latent(shard, o, a));
-                return with_mlp(shard, named, out);
-            }
             let down = |param: &str, tensor: &str| {
                 if down_proj_cut(o) { shard.rows(param, tensor) } else { shard.whole(param, tensor) }
             };
@@ -405,14 +374,19 @@ fn layer_params(shard: &Shard<'_>, o: &Options) -> Vec<Param> {
             ]);
         }
     }
-    with_mlp(shard, named, out)
+    out.push(shard.columns("self_attention.linear_proj.weight", names::O));
+    out.extend(mlp_params(shard, named));
+    out
 }
 
-/// MindSpeed-LLM's projections of multi-head latent attention.
+/// MindSpeed-LLM's norms and projections of multi-head latent attention, but for the last.
 fn mindspeed_latent(shard: &Shard<'_>, o: &Options, a: &Latent) -> Vec<Param> {
     let [nope, rope, v] = a.dims;
     let first = if a.q_lora.is_some() { names::Q_A } else { names::Q };
-    let mut out = vec![shard.stacked("self_attention.linear_qkv.weight", &[first, names::KV_A])];
+    let mut out = vec![
+        shard.whole("input_layernorm.weight", names::INPUT_NORM),
+        shard.stacked("self_attention.linear_qkv.weight", &[first, names::KV_A]),
+    ];
     let part = |param: &str, tensor: &str, rows: u64, of: (u64, u64)| {
         shard.of_heads(&format!("self_attention.{param}.weight"), tensor, rows, of)
     };
@@ -439,10 +413,10 @@ fn mindspeed_latent(shard: &Shard<'_>, o: &Options, a: &Latent) -> Vec<Param> {
     out
 }
 
-/// A layer's attention with what follows it.
-fn with_mlp(shard: &Shard<'_>, named: impl Fn(&'static str, &'static str) -> &'static str, mut out: Vec<Param>) -> Vec<Param> {
+/// What follows a layer's attention, but for its routed experts.
+fn mlp_params(shard: &Shard<'_>, named: impl Fn(&'static str, &'static str) -> &'static str) -> Vec<Param> {
     let Shard { model, layer, .. } = *shard;
-    out.push(shard.columns("self_attention.linear_proj.weight", names::O));
+    let mut out = vec![];
     let Some(moe) = model.moe.as_ref().filter(|_| layer == LayerType::Moe) else {
         let [gate, up, down] = names::MLP;
         out.push(shard.whole(named("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), names::POST_NORM));

@@ -3,9 +3,10 @@
 
 use crate::abi::RS_ERR_INVALID;
 use crate::error::{Result, bail};
+use serde::Serialize;
 
 /// A coordinate of a rank's position: `position / stride % size`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Dim {
     /// Number of values.
     pub size: u64,
@@ -21,7 +22,7 @@ impl Dim {
 }
 
 /// The grid of one side, or of its experts: which positions hold the same.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Mesh {
     /// Which shard of its layers a rank holds: a number written in these, the fastest first.
     pub shard: Vec<Dim>,

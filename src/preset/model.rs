@@ -6,10 +6,11 @@
 use super::config::Config;
 use crate::abi::*;
 use crate::error::{Result, bail};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 /// Where in the model a kind of tensor occurs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Part {
     /// Once.
     Once,
@@ -20,7 +21,7 @@ pub enum Part {
 }
 
 /// What a layer is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum LayerType {
     /// With an MLP.
     Dense,
@@ -29,7 +30,7 @@ pub enum LayerType {
 }
 
 /// A kind of logical tensor.
-#[derive(Clone, Debug, Hash)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Kind {
     /// Its name; in a layer what follows the layer's own, `{}` being the expert.
     pub name: String,
@@ -42,7 +43,7 @@ pub struct Kind {
 }
 
 /// A tensor: its kind, layer and expert; 0 where it has none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Id {
     /// Index of the kind.
     pub kind: usize,
@@ -53,7 +54,7 @@ pub struct Id {
 }
 
 /// Grouped-query attention.
-#[derive(Clone, Copy, Debug, Hash)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub struct Heads {
     /// num_attention_heads.
     pub q: u64,
@@ -72,7 +73,7 @@ pub struct Heads {
 }
 
 /// Multi-head latent attention.
-#[derive(Clone, Copy, Debug, Hash)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub struct Latent {
     /// num_attention_heads.
     pub heads: u64,
@@ -85,7 +86,7 @@ pub struct Latent {
 }
 
 /// How a model attends.
-#[derive(Clone, Copy, Debug, Hash)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub enum Attention {
     /// Queries in groups.
     Grouped(Heads),
@@ -112,7 +113,7 @@ impl Attention {
 }
 
 /// Routed experts.
-#[derive(Clone, Debug, Hash)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Moe {
     /// Number of experts.
     pub experts: u64,
@@ -135,7 +136,7 @@ pub struct Moe {
 }
 
 /// The numbers of a decoder that layouts depend on.
-#[derive(Clone, Debug, Hash)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Model {
     /// `architectures[0]`.
     pub architecture: String,

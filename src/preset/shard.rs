@@ -1,9 +1,9 @@
-//! The usual parameters of a layer's shard: whole tensors, rows, columns, and gate over up.
+//! The usual parameters of a shard: of a layer whole tensors, rows, columns, and gate over up; what comes before and after the layers.
 #![forbid(unsafe_code)]
 
 use super::cut;
 use super::model::{LayerType, Model, Part, names};
-use super::side::Param;
+use super::side::{Param, Section};
 
 /// Shard `r` of `t` of the layers of a type.
 #[derive(Clone, Copy)]
@@ -89,8 +89,43 @@ pub fn vocab(model: &Model, param: &str, tensor: &str, padded: u64, r: u64, t: u
     Param::new(param, &[padded / t, model.hidden], cut)
 }
 
-/// The norm after the last layer.
-pub fn final_norm(model: &Model, param: &str) -> Param {
+/// What follows the last layer, by the names of its norm and its head; `copy`: that of the head where embeddings are tied, if it has
+/// some of its own.
+pub fn back(model: &Model, [norm, head]: [&str; 2], copy: Option<&str>, padded: u64, r: u64, t: u64) -> Vec<Param> {
     let kind = model.kind(Part::Once, names::NORM);
-    Param::new(param, &[model.hidden], cut::rows(kind, model.hidden, 0, model.hidden, 1, 0))
+    let mut out = vec![Param::new(norm, &[model.hidden], cut::rows(kind, model.hidden, 0, model.hidden, 1, 0))];
+    let head = if model.tied { copy.map(|c| (c, names::EMBED)) } else { Some((head, names::HEAD)) };
+    out.extend(head.map(|(param, tensor)| vocab(model, param, tensor, padded, r, t)));
+    out
+}
+
+/// Indices of [`sections`]; those of experts follow.
+pub const FRONT: usize = 0;
+/// See [`FRONT`].
+pub const BACK: usize = 1;
+/// See [`FRONT`].
+pub const DENSE: usize = 2;
+/// See [`FRONT`].
+pub const MOE: usize = 3;
+/// See [`FRONT`].
+pub const EXPERTS: usize = 4;
+
+/// What each of `t` shards has of all but routed experts: before the layers, after them, and in a layer of each type.
+pub fn sections(
+    model: &Model,
+    t: u64,
+    front: impl Fn(u64) -> Vec<Param>,
+    back: impl Fn(u64) -> Vec<Param>,
+    layer: impl Fn(&Shard<'_>) -> Vec<Param>,
+) -> Vec<Section> {
+    let of_type = |of: LayerType| {
+        let shard = |r| if model.layers.contains(&of) { layer(&Shard { model, layer: of, r, t }) } else { vec![] };
+        Section::new(0, (0..t).map(shard).collect())
+    };
+    vec![
+        Section::new(0, (0..t).map(front).collect()),
+        Section::new(0, (0..t).map(back).collect()),
+        of_type(LayerType::Dense),
+        of_type(LayerType::Moe),
+    ]
 }

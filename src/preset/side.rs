@@ -12,11 +12,11 @@ use super::model::{FP32, Id, Model, Part};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::geom::Pattern;
+use serde::Serialize;
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
 
 /// A parameter of a section.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Param {
     /// Its name, after the slot's prefix.
     pub name: String,
@@ -25,6 +25,7 @@ pub struct Param {
     /// What it holds.
     pub cuts: Vec<Cut>,
     /// `cuts` as a planner sees them.
+    #[serde(skip)]
     pub patterns: Vec<Pattern>,
     /// Whether some of its elements hold no logical element.
     pub padded: bool,
@@ -48,13 +49,14 @@ impl Param {
 }
 
 /// The parameters of the shards of a mesh. Equal in number on all shards.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Section {
     /// Index of the mesh.
     pub mesh: usize,
     /// By shard.
     pub shards: Vec<Vec<Param>>,
     /// Every box, rising.
+    #[serde(skip)]
     boxes: Vec<At>,
 }
 
@@ -96,7 +98,7 @@ impl Section {
 }
 
 /// A section's place on the ranks of a stage.
-#[derive(Clone, Debug, Hash)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Slot {
     /// Index of the section.
     pub section: usize,
@@ -118,7 +120,7 @@ impl Slot {
 }
 
 /// A parameter that ranks have and a plan does not use: a source's second copy of something.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Unused {
     /// Which stage has it.
     pub stage: u64,
@@ -130,7 +132,8 @@ pub struct Unused {
     pub shape: Vec<u64>,
 }
 
-/// What a framework's module makes of its part of the spec.
+/// What a framework's module makes of its part of the spec. Its serialized form is what ranks compare.
+#[derive(Serialize)]
 pub struct Parts {
     /// The grid, and that of the experts if there are any. Equal in stages.
     pub meshes: Vec<Mesh>,
@@ -145,8 +148,10 @@ pub struct Parts {
     /// See [`Unused`].
     pub unused: Vec<Unused>,
     /// What is stripped from the front of a bound name, as often as it stands there.
+    #[serde(skip)]
     pub strip: &'static str,
     /// Ends of names that other versions have, and what they are here.
+    #[serde(skip)]
     pub renamed: &'static [(&'static str, &'static str)],
 }
 
@@ -240,21 +245,5 @@ impl Side {
     /// One more than the highest communicator rank.
     pub fn world(&self) -> u32 {
         self.positions.len() as u32
-    }
-}
-
-impl Hash for Param {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        // The rest follows from these.
-        (&self.name, &self.shape, &self.cuts, self.dtype).hash(state);
-    }
-}
-
-/// All that tells a side from others.
-impl Hash for Side {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let Parts { meshes, ranks, dtype, sections, stages, .. } = &self.parts;
-        (meshes, ranks, dtype, stages).hash(state);
-        sections.iter().for_each(|s| (s.mesh, &s.shards).hash(state));
     }
 }

@@ -12,7 +12,6 @@ use serde::de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use std::fmt;
-use std::hash::{Hash, Hasher};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Largest size that a spec or a config may give; products of two stay far below 2^63.
@@ -90,10 +89,8 @@ impl Spec {
             }
         }
         // What makes the world, not how it was written.
-        let mut meaning = Words::default();
-        model.hash(&mut meaning);
-        source.hash(&mut meaning);
-        target.hash(&mut meaning);
+        let meaning = postcard::to_allocvec(&(&model, &source.parts, &target.parts));
+        let meaning = meaning.map_err(|e| err!(RS_ERR_INTERNAL, "a spec that does not encode: {e}"))?;
         Ok(Spec {
             model,
             source,
@@ -102,7 +99,7 @@ impl Spec {
             links: text.link_gb_per_s,
             ignore: text.ignore,
             // 0 stands for tables.
-            digest: meaning.finish().max(1),
+            digest: xxh3_64(&meaning).max(1),
         })
     }
 }
@@ -152,23 +149,17 @@ pub fn divides(framework: &str, member: &str, by: u64, sizes: &[(&str, u64)]) ->
     Ok(())
 }
 
+/// Refuses members that are given and go with experts, for a model that has none.
+pub fn for_experts(model: &Model, given: &[(&str, bool)]) -> Result<()> {
+    match given.iter().find(|g| g.1 && model.moe.is_none()) {
+        Some((member, _)) => bail!(RS_ERR_INVALID, "{member} is for models with experts; {} has none", model.architecture),
+        None => Ok(()),
+    }
+}
+
 /// A side's dtype: that of the member, else the model's.
 pub fn dtype(member: &str, given: Option<&str>, model: &Model) -> Result<(u8, u8)> {
     given.map_or(Ok(model.dtype), |name| model::dtype(&Value::from(name)).map_err(|e| e.context(member)))
-}
-
-/// A hasher of many small numbers.
-#[derive(Default)]
-struct Words(Vec<u8>);
-
-impl Hasher for Words {
-    fn write(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn finish(&self) -> u64 {
-        xxh3_64(&self.0)
-    }
 }
 
 /// JSON in which no member is given twice: one of the two would not count.

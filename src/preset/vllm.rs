@@ -9,9 +9,9 @@ use super::cut;
 use super::experts::{self, Storage};
 use super::mesh::{Axis, Mesh};
 use super::model::{Attention, LayerType, MOST_ELEMENTS, Model, names};
-use super::shard::{Shard, final_norm, vocab};
+use super::shard::{BACK, DENSE, EXPERTS, FRONT, MOE, Shard, back, sections, vocab};
 use super::side::{Param, Parts, Section, Slot};
-use super::spec::{List, Ranks, divides, one, size};
+use super::spec::{List, Ranks, divides, for_experts, one, size};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use serde::Deserialize;
@@ -63,14 +63,6 @@ fn padding() -> u64 {
     64
 }
 
-/// Indices of sections.
-const FRONT: usize = 0;
-const BACK: usize = 1;
-const DENSE: usize = 2;
-const MOE: usize = 3;
-/// The first of the sections of experts: one for all layers, or one a layer.
-const EXPERTS: usize = 4;
-
 /// What each rank holds.
 pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
     let tp = size("tensor_parallel_size", o.tensor_parallel_size)?;
@@ -79,33 +71,24 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
     let replicas = size("replicas", o.replicas)?;
     let ranks = o.ranks.0.len();
     let mut meshes = vec![Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Copy, dp), (Axis::Copy, replicas)], ranks)?];
-    for (member, given) in [
+    let given = [
         ("enable_expert_parallel", o.enable_expert_parallel),
         ("expert_placement_strategy", o.expert_placement_strategy.is_some()),
         ("physical_to_logical_map", o.physical_to_logical_map.is_some()),
         ("expert_storage", o.expert_storage.is_some()),
-    ] {
-        if given && model.moe.is_none() {
-            bail!(RS_ERR_INVALID, "{member} is for models with experts; {} has none", model.architecture);
-        }
-    }
+    ];
+    for_experts(model, &given)?;
     let padded = model.vocab.next_multiple_of(size("vocab_padding_size", o.vocab_padding_size)?);
     // Sequence-parallel experts: DeepSeek's shared ones are then whole on each rank.
     let whole = o.enable_expert_parallel && tp > 1 && dp > 1 && model.architecture.starts_with("Deepseek");
     check(model, padded, whole, tp)?;
     let oss = model.moe.as_ref().is_some_and(|m| m.fused);
     let embedding = if oss { "model.embedding.weight" } else { names::EMBED };
-    let mut sections = vec![
-        Section::new(0, (0..tp).map(|r| vec![vocab(model, embedding, names::EMBED, padded, r, tp)]).collect()),
-        Section::new(0, (0..tp).map(|r| back(model, padded, pp > 1 && !everywhere(model), r, tp)).collect()),
-    ];
-    for layer in [LayerType::Dense, LayerType::Moe] {
-        let shard = |r| match model.layers.contains(&layer) {
-            true => layer_params(&Shard { model, layer, r, t: tp }, whole),
-            false => vec![],
-        };
-        sections.push(Section::new(0, (0..tp).map(shard).collect()));
-    }
+    let front = |r| vec![vocab(model, embedding, names::EMBED, padded, r, tp)];
+    // The last stage of a model with tied embeddings has some of its own for its head.
+    let copy = (pp > 1 && !everywhere(model)).then_some(names::EMBED);
+    let back = |r| back(model, [names::NORM, names::HEAD], copy, padded, r, tp);
+    let mut sections = sections(model, tp, front, back, |shard| layer_params(shard, whole));
     if model.moe.is_some() {
         meshes.push(Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Shard, dp), (Axis::Copy, replicas)], ranks)?);
         sections.extend(expert_sections(model, o, tp * dp)?);
@@ -214,7 +197,7 @@ fn expert_sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section
     let prefix = format!("{}.experts.routed_experts", moe.block);
     let fused = ["w13_weight", "w13_bias", "w2_weight", "w2_bias"].map(|n| format!("{prefix}.{n}"));
     let params = |slots: &[u32], cut: (u64, u64)| match moe.fused {
-        true => experts::fused(model, moe, fused.each_ref().map(String::as_str), slots, cut),
+        true => experts::fused(model, moe, storage, fused.each_ref().map(String::as_str), slots, cut),
         false => experts::params(model, moe, storage, [&fused[0], &fused[2]], slots, cut),
     };
     if !matches!(storage, Storage::Stacked | Storage::StackedSwapped | Storage::StackedTransposed) {
@@ -281,17 +264,6 @@ fn expert_sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section
 /// These models have embedding, final norm and head on every stage.
 fn everywhere(model: &Model) -> bool {
     ["Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss"].iter().any(|a| model.architecture.starts_with(a))
-}
-
-/// `copy`: whether the last stage of a model with tied embeddings has an embedding of its own for its head.
-fn back(model: &Model, padded: u64, copy: bool, r: u64, t: u64) -> Vec<Param> {
-    let mut out = vec![final_norm(model, names::NORM)];
-    match model.tied {
-        false => out.push(vocab(model, names::HEAD, names::HEAD, padded, r, t)),
-        true if copy => out.push(vocab(model, names::EMBED, names::EMBED, padded, r, t)),
-        true => {}
-    }
-    out
 }
 
 /// A shard of a layer, but for its routed experts. `whole`: whether shared experts are not cut.
