@@ -250,10 +250,10 @@ pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
 ///   num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method ("dualpipev"). Ours: mla_down_proj_cut, whether
 ///   MLA's down projections are cut (default: with local layers), and mla_weights, whose names MLA has ("core", "mindspeed",
 ///   "mindspeed_qb"). data_parallel_size follows from the ranks.
-/// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, vocab_padding_size, dtype,
-///   enable_expert_parallel, expert_placement_strategy. Ours: replicas, independent engines, each an equal block of `ranks`;
-///   physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13 and w2 lie after
-///   loading, "stacked", "stacked_swapped" (up before gate) or "stacked_transposed" (vllm-ascend).
+/// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, dtype,
+///   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); replicas, independent engines, each an equal
+///   block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13
+///   and w2 lie after loading, "stacked", "stacked_swapped" (up before gate) or "stacked_transposed" (vllm-ascend).
 /// - hf: whole Hugging Face tensors on each rank; dtype.
 ///
 /// The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
