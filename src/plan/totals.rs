@@ -145,3 +145,27 @@ impl Sums {
         (rounds, if busiest == 0 { 1.0 } else { sum as f64 / busiest as f64 })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_take_as_long_as_their_busiest_rank() {
+        for (message, pairs, wanted) in [
+            (4, &[(0, 1, 8), (2, 3, 4), (2, 4, 4)][..], (2, 1.5)), // 2 sends 8 at once, then 0 its other 4
+            (4, &[(0, 1, 10), (0, 2, 4)], (3, 1.0)),               // 8, 4 and 2: what 0 sends in all
+            (8, &[(0, 1, 3), (1, 0, 8)], (1, 1.0)),                // a rank sends and receives at once
+            (1, &[(0, 1, u64::MAX / 2)], (u64::MAX / 2, 1.0)),
+            (4, &[], (0, 1.0)),
+        ] {
+            let mut sums = Sums { traffic: vec![[[0; 2]; 2]; 5], ..Sums::default() };
+            for &(from, to, bytes) in pairs {
+                sums.pairs.insert((from, to), Pair { bytes, tier: 3 });
+                sums.traffic[from as usize][1][0] += bytes;
+                sums.traffic[to as usize][1][1] += bytes;
+            }
+            assert_eq!(sums.rounds(message), wanted, "{message} {pairs:?}");
+        }
+    }
+}

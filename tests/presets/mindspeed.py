@@ -6,14 +6,13 @@ Whole tensors on rank 0 go to trainers; what each parameter must hold is written
 import numpy as np
 import worlds
 from oracle import values
-from worlds import SOURCE, TARGET, check, on_threads, reshard
+from worlds import check
 
 HIDDEN, HEADS, KV_LORA, NOPE, ROPE, V, LAYERS = 12, 4, 10, 3, 2, 5, 4
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
     "kv_lora_rank": KV_LORA, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V, "intermediate_size": 8, "vocab_size": 32,
 }  # fmt: skip
-TIMEOUT_MS = 20_000
 
 
 def tensor(layer, name, *shape):
@@ -23,28 +22,8 @@ def tensor(layer, name, *shape):
 
 def run(config, **setting):
     """Memory of all trainers after a sync, by rank, chunk and name."""
-    ranks = setting.pop("ranks")
-    target = {"framework": "megatron", "ranks": list(range(1, ranks + 1)), "transformer_impl": "local", **setting}
-    spec = {"model": config, "source": {"framework": "hf", "ranks": [0]}, "target": target}
-    hub, memory = next(worlds.hubs), {}
-
-    def work(rank):
-        comm = worlds.LoopbackComm(hub, rank, ranks + 1)
-        preset = reshard.Preset(spec, rank)
-        for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
-            array = np.full(p["shape"], worlds.POISON, np.uint16)
-            if rank == 0:
-                array[...] = values(p["name"], array.size).reshape(array.shape)
-            preset.bind(p["name"], array, SOURCE if rank == 0 else TARGET, chunk=p["chunk"])
-            memory[rank, p["chunk"], p["name"]] = array
-        container = reshard.Container(preset, comm, f"rank {rank}", TIMEOUT_MS)
-        container.connect()
-        container.sync(1)
-        for handle in (container, comm, preset):
-            handle.close()
-
-    on_threads(range(ranks + 1), work)
-    return memory
+    ranks = list(range(1, setting.pop("ranks") + 1))
+    return worlds.from_hugging_face(config, {"framework": "megatron", "ranks": ranks, "transformer_impl": "local", **setting})
 
 
 def check_latent():
