@@ -29,7 +29,7 @@ fn table(role: u32, half: u64, by_rows: bool) -> Table {
                 if by_rows { (ROWS / 2, COLS, half * ROWS / 2 * COLS) } else { (ROWS, COLS / 2, half * COLS / 2) };
             let axes = [Axis { extent: rows, key: COLS, val: cols }, Axis { extent: cols, key: 1, val: 1 }];
             let pattern = Pattern { key, val: 0, axes: axes.into_iter().collect() }.coalesce();
-            t.tiles.push(Tile { tensor: id, buffer: id, pattern });
+            t.tiles.push(Tile { tensor: id, buffer: id, pattern, transform: 0 });
         }
     }
     t

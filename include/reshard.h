@@ -159,15 +159,21 @@ typedef int32_t rs_status_t;
 /** `rs_buffer_t.flags`: elements of this target buffer that lie in no tile are padding: never written, never an error. */
 #define RS_BUFFER_PADDED 1
 
-/** `rs_tile_t.transform`: the bytes are copied as they are. */
+/** `rs_tile_t.transform`: the values stay as they are; they are cast if the dtypes differ. */
 #define RS_TRANSFORM_NONE 0
+
+/** `rs_tile_t.transform` of a target: it holds the source's values plus one (the source's norms are zero-centred). */
+#define RS_TRANSFORM_PLUS_ONE 1
+
+/** `rs_tile_t.transform` of a target: it holds the source's values minus one (its own norms are zero-centred). */
+#define RS_TRANSFORM_MINUS_ONE 2
 
 /** `device_type` of host memory (DLPack's kDLCPU). */
 #define RS_DEVICE_CPU 1
 
 /**
- * `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv); a
- * refused read is an error.
+ * `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv), but for
+ * elements that are converted on the way; a refused read is an error.
  */
 #define RS_LOCAL_READ 1
 
@@ -306,7 +312,7 @@ typedef struct rs_tile_t {
     uint32_t buffer;
     /** Number of axes of the view, 0 to RS_MAX_RANK. */
     uint32_t rank;
-    /** RS_TRANSFORM_NONE. */
+    /** RS_TRANSFORM_*. Of a source: RS_TRANSFORM_NONE. */
     uint32_t transform;
     /** Bytes from the buffer's `data` to the box's first element; a multiple of the item size. */
     uint64_t byte_offset;
@@ -344,24 +350,32 @@ typedef struct rs_layout_t {
     size_t tile_size;
 } rs_layout_t;
 
+/** `rs_device_t.flags`: `copy` obeys the dtypes and the transform of its rows. Without it, a layout that needs them is refused. */
+#define RS_DEVICE_CONVERTS 1
+
 /** Most axes of an rs_copy_t. */
 #define RS_MAX_COPY_RANK 8
 
 /**
- * One strided copy for the caller's device: the run of bytes number (i0, i1, ...) goes from src + sum(i * src_stride) to
- * dst + sum(i * dst_stride), each i from 0 to extent - 1.
+ * One strided copy for the caller's device: the run of elements number (i0, i1, ...) goes from src + sum(i * src_stride) to
+ * dst + sum(i * dst_stride), each i from 0 to extent - 1. Bytes are copied as they are if `src_dtype.bits` is 0; else each element is
+ * read as `src_dtype`, widened to fp32, transformed, and rounded to `dst_dtype` (to nearest, ties to even; infinities and NaNs stay).
  */
 typedef struct rs_copy_t {
     /** First element read. */
     const void *src;
     /** First element written. */
     void *dst;
-    /** Contiguous bytes of a run; a multiple of the item size, one item where the two sides lie transposed. */
+    /** Contiguous bytes of a run at the source; a multiple of the item size, one item where the two sides lie transposed. */
     uint64_t run_bytes;
     /** Number of axes; 0: a single run. */
     uint32_t rank;
-    /** 0. */
-    uint32_t reserved;
+    /** RS_TRANSFORM_*. */
+    uint32_t transform;
+    /** What the source's elements are, if they change on the way: fp32, fp16 or bf16; else zero. */
+    rs_dtype_t src_dtype;
+    /** What the target's elements are, likewise. */
+    rs_dtype_t dst_dtype;
     /** Indices on each axis, the slowest first; unused entries are 0. */
     uint64_t extent[RS_MAX_COPY_RANK];
     /** Bytes from one index to the next at the source. */
@@ -388,6 +402,10 @@ typedef struct rs_device_t {
     int32_t device_type;
     /** DLPack device id. */
     int32_t device_id;
+    /** RS_DEVICE_CONVERTS or 0. */
+    uint32_t flags;
+    /** 0. */
+    uint32_t reserved;
     /**
      * Staging memory of at least `bytes`, aligned to 256 bytes, into *out. The communicator sends from it and receives into it.
      * Required.
@@ -775,17 +793,18 @@ void rs_container_destroy(rs_container_t *container);
  * ```
  *
  * `model` is the model's own config.json: Llama, Mistral, Qwen2 and Qwen3 (...ForCausalLM), with experts Mixtral, Qwen2Moe, Qwen3Moe,
- * DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both sides may
- * have the same. Either side may be any framework. Members bear the framework's own names and have its defaults:
+ * DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both
+ * sides may have the same. Either side may be any framework, and of another dtype: its elements are cast. Members bear the framework's
+ * own names and have its defaults:
  *
  * - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
  *   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
  *   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
  *   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
- *   params_dtype, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm, moe_use_legacy_grouped_gemm; MindSpeed's
- *   num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method ("dualpipev"). Ours: mla_down_proj_cut, whether
- *   MLA's down projections are cut (default: with local layers), and mla_weights, whose names MLA has ("core", "mindspeed",
- *   "mindspeed_qb"). data_parallel_size follows from the ranks.
+ *   params_dtype, layernorm_zero_centered_gamma, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm,
+ *   moe_use_legacy_grouped_gemm; MindSpeed's num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method
+ *   ("dualpipev"). Ours: mla_down_proj_cut, whether MLA's down projections are cut (default: with local layers), and mla_weights, whose
+ *   names MLA has ("core", "mindspeed", "mindspeed_qb"). data_parallel_size follows from the ranks.
  * - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, dtype,
  *   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); replicas, independent engines, each an equal
  *   block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13

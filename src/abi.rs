@@ -70,14 +70,18 @@ pub const RS_TARGET: u32 = 2;
 /// `rs_buffer_t.flags`: elements of this target buffer that lie in no tile are padding: never written, never an error.
 pub const RS_BUFFER_PADDED: u32 = 1;
 
-/// `rs_tile_t.transform`: the bytes are copied as they are.
+/// `rs_tile_t.transform`: the values stay as they are; they are cast if the dtypes differ.
 pub const RS_TRANSFORM_NONE: u32 = 0;
+/// `rs_tile_t.transform` of a target: it holds the source's values plus one (the source's norms are zero-centred).
+pub const RS_TRANSFORM_PLUS_ONE: u32 = 1;
+/// `rs_tile_t.transform` of a target: it holds the source's values minus one (its own norms are zero-centred).
+pub const RS_TRANSFORM_MINUS_ONE: u32 = 2;
 
 /// `device_type` of host memory (DLPack's kDLCPU).
 pub const RS_DEVICE_CPU: i32 = 1;
 
-/// `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv); a
-/// refused read is an error.
+/// `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv), but for
+/// elements that are converted on the way; a refused read is an error.
 pub const RS_LOCAL_READ: u32 = 1;
 /// `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() always passes through shared-memory rings.
 pub const RS_LOCAL_RING: u32 = 2;
@@ -195,7 +199,7 @@ pub struct rs_tile_t {
     pub buffer: u32,
     /// Number of axes of the view, 0 to RS_MAX_RANK.
     pub rank: u32,
-    /// RS_TRANSFORM_NONE.
+    /// RS_TRANSFORM_*. Of a source: RS_TRANSFORM_NONE.
     pub transform: u32,
     /// Bytes from the buffer's `data` to the box's first element; a multiple of the item size.
     pub byte_offset: u64,
@@ -235,11 +239,15 @@ pub struct rs_layout_t {
     pub tile_size: usize,
 }
 
+/// `rs_device_t.flags`: `copy` obeys the dtypes and the transform of its rows. Without it, a layout that needs them is refused.
+pub const RS_DEVICE_CONVERTS: u32 = 1;
+
 /// Most axes of an rs_copy_t.
 pub const RS_MAX_COPY_RANK: usize = 8;
 
-/// One strided copy for the caller's device: the run of bytes number (i0, i1, ...) goes from src + sum(i * src_stride) to
-/// dst + sum(i * dst_stride), each i from 0 to extent - 1.
+/// One strided copy for the caller's device: the run of elements number (i0, i1, ...) goes from src + sum(i * src_stride) to
+/// dst + sum(i * dst_stride), each i from 0 to extent - 1. Bytes are copied as they are if `src_dtype.bits` is 0; else each element is
+/// read as `src_dtype`, widened to fp32, transformed, and rounded to `dst_dtype` (to nearest, ties to even; infinities and NaNs stay).
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct rs_copy_t {
@@ -247,12 +255,16 @@ pub struct rs_copy_t {
     pub src: *const c_void,
     /// First element written.
     pub dst: *mut c_void,
-    /// Contiguous bytes of a run; a multiple of the item size, one item where the two sides lie transposed.
+    /// Contiguous bytes of a run at the source; a multiple of the item size, one item where the two sides lie transposed.
     pub run_bytes: u64,
     /// Number of axes; 0: a single run.
     pub rank: u32,
-    /// 0.
-    pub reserved: u32,
+    /// RS_TRANSFORM_*.
+    pub transform: u32,
+    /// What the source's elements are, if they change on the way: fp32, fp16 or bf16; else zero.
+    pub src_dtype: rs_dtype_t,
+    /// What the target's elements are, likewise.
+    pub dst_dtype: rs_dtype_t,
     /// Indices on each axis, the slowest first; unused entries are 0.
     pub extent: [u64; RS_MAX_COPY_RANK],
     /// Bytes from one index to the next at the source.
@@ -279,6 +291,10 @@ pub struct rs_device_t {
     pub device_type: i32,
     /// DLPack device id.
     pub device_id: i32,
+    /// RS_DEVICE_CONVERTS or 0.
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
     /// Staging memory of at least `bytes`, aligned to 256 bytes, into *out. The communicator sends from it and receives into it.
     /// Required.
     pub alloc: Option<unsafe extern "C" fn(ctx: *mut c_void, bytes: u64, out: *mut *mut c_void) -> rs_status_t>,

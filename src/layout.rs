@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use crate::abi::*;
+use crate::convert::Convert;
 use crate::error::{Error, Result, bail, err};
 use crate::geom::{Axis, Index, Pattern, Radix};
 use std::collections::{BTreeSet, HashMap};
@@ -112,6 +113,8 @@ pub struct Tile {
     pub buffer: u32,
     /// What lies where, coalesced.
     pub pattern: Pattern,
+    /// `RS_TRANSFORM_*`; of a source `RS_TRANSFORM_NONE`.
+    pub transform: u32,
 }
 
 /// One rank's checked tables.
@@ -184,7 +187,15 @@ impl Layout {
             bail!(RS_ERR_INVALID, "buffer is {}, but the buffer table has {} rows", row.buffer, self.buffers.len());
         };
         if row.transform != RS_TRANSFORM_NONE {
-            bail!(RS_ERR_UNSUPPORTED, "transform {}: only RS_TRANSFORM_NONE (0) is built", row.transform);
+            let dtype = (buffer.dtype.code, buffer.dtype.bits);
+            Convert::between(dtype, dtype, row.transform)?;
+            if buffer.role != RS_TARGET {
+                bail!(
+                    RS_ERR_INVALID,
+                    "transform {}: only a target's tiles have one, and no source may share their memory",
+                    row.transform
+                );
+            }
         }
         let n = row.rank as usize;
         if n > RS_MAX_RANK {
@@ -235,7 +246,7 @@ impl Layout {
                 shown()
             );
         }
-        Ok(Tile { tensor: row.tensor, buffer: row.buffer, pattern })
+        Ok(Tile { tensor: row.tensor, buffer: row.buffer, pattern, transform: row.transform })
     }
 
     /// Every tile lies on elements of its buffer; every element of a target buffer lies in a tile.
@@ -356,7 +367,8 @@ impl Layout {
                 bj.name
             );
         }
-        let aliased = if ti.tensor == tj.tensor && bi.item == bj.item { self.aliased(ti, tj)? * u64::from(bi.item) } else { 0 };
+        let alike = bi.dtype == bj.dtype && ti.transform == tj.transform;
+        let aliased = if ti.tensor == tj.tensor && alike { self.aliased(ti, tj)? * u64::from(bi.item) } else { 0 };
         if shared != aliased {
             bail!(
                 RS_ERR_LAYOUT,

@@ -8,6 +8,7 @@
 
 pub mod abi;
 pub mod error;
+pub mod convert;
 pub mod geom;
 pub mod layout;
 pub mod wire;

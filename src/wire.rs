@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use crate::abi::*;
+use crate::convert::Convert;
 use crate::error::{Result, bail, err};
 use crate::geom::{Axis, Pattern};
 use crate::layout::{Layout, Tensor, Tile};
@@ -16,7 +17,7 @@ use smallvec::SmallVec;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Number of the formats in this file. Changes with any change of them.
-pub const WIRE_VERSION: u16 = 1;
+pub const WIRE_VERSION: u16 = 2;
 
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"RSHC");
 const TABLE_MAGIC: u32 = u32::from_le_bytes(*b"RSHT");
@@ -238,8 +239,8 @@ struct Body {
     tiles: Vec<BodyTile>,
 }
 
-/// Tensor, buffer, key, val, axes.
-type BodyTile = (u32, u32, u64, u64, Vec<(u64, u64, u64)>);
+/// Tensor, buffer, transform, key, val, axes.
+type BodyTile = (u32, u32, u32, u64, u64, Vec<(u64, u64, u64)>);
 
 impl Table {
     /// A rank's own.
@@ -258,7 +259,7 @@ impl Table {
     pub fn encode(&self, rank: u32) -> Result<Vec<u8>> {
         let tile = |t: &Tile| {
             let axes = t.pattern.axes.iter().map(|a| (a.extent, a.key, a.val)).collect();
-            (t.tensor, t.buffer, t.pattern.key, t.pattern.val, axes)
+            (t.tensor, t.buffer, t.transform, t.pattern.key, t.pattern.val, axes)
         };
         let body = Body {
             tensors: self.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect(),
@@ -319,12 +320,16 @@ impl Table {
             let dtype = rs_dtype_t { code: b.dtype.0, bits: b.dtype.1, lanes: 1 };
             crate::layout::item_size(dtype).map_err(|e| e.context(format_args!("buffer '{}'", b.name)))?;
         }
-        for (i, (tensor, buffer, key, val, axes)) in body.tiles.into_iter().enumerate() {
-            let tile = Tile { tensor, buffer, pattern: pattern(key, val, &axes) };
+        for (i, (tensor, buffer, transform, key, val, axes)) in body.tiles.into_iter().enumerate() {
+            let tile = Tile { tensor, buffer, pattern: pattern(key, val, &axes), transform };
             let elements = out.tensors.get(tensor as usize).map(|t| t.elements);
-            let known = (buffer as usize) < out.buffers.len();
+            let dtype = out.buffers.get(buffer as usize).map(|b| b.dtype);
             match elements {
-                Some(elements) if known && sound(&tile.pattern, elements) => out.tiles.push(tile),
+                Some(elements)
+                    if dtype.is_some_and(|d| Convert::between(d, d, transform).is_ok()) && sound(&tile.pattern, elements) =>
+                {
+                    out.tiles.push(tile)
+                }
                 _ => bail!(RS_ERR_INVALID, "tiles[{i}] does not lie in its tensor"),
             }
         }
@@ -362,7 +367,7 @@ mod tests {
         Table {
             tensors: vec![Tensor { name: "w".into(), shape: vec![4, 6], elements: 24 }],
             buffers: vec![TableBuffer { name: "p".into(), role: 1, dtype: (4, 16) }],
-            tiles: vec![Tile { tensor: 0, buffer: 0, pattern: pattern(3, 0, &[(4, 6, 3), (3, 1, 1)]) }],
+            tiles: vec![Tile { tensor: 0, buffer: 0, pattern: pattern(3, 0, &[(4, 6, 3), (3, 1, 1)]), transform: 0 }],
         }
     }
 

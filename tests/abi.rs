@@ -55,10 +55,12 @@ fn sizes_offsets_and_numbers() {
             struct_size 0, tensors 8, tensor_count 16, tensor_size 24, buffers 32, buffer_count 40, buffer_size 48, tiles 56,
             tile_count 64, tile_size 72,
         }
-        rs_copy_t 224 { src 0, dst 8, run_bytes 16, rank 24, reserved 28, extent 32, src_stride 96, dst_stride 160 }
-        rs_device_t 88 {
-            struct_size 0, ctx 8, release 16, device_type 24, device_id 28, alloc 32, free 40, copy 48, event_record 56, event_wait 64,
-            event_query 72, event_destroy 80,
+        rs_copy_t 232 {
+            src 0, dst 8, run_bytes 16, rank 24, transform 28, src_dtype 32, dst_dtype 36, extent 40, src_stride 104, dst_stride 168,
+        }
+        rs_device_t 96 {
+            struct_size 0, ctx 8, release 16, device_type 24, device_id 28, flags 32, reserved 36, alloc 40, free 48, copy 56,
+            event_record 64, event_wait 72, event_query 80, event_destroy 88,
         }
         rs_config_t 72 {
             struct_size 0, abi 8, flags 12, comm 16, device 24, preset 32, host_id 40, staging_bytes 48, host_threads 56, timeout_ms 60,
@@ -88,7 +90,8 @@ fn sizes_offsets_and_numbers() {
         RS_ERR_BUSY -7 RS_ERR_STATE -8 RS_ERR_TORN -9
         RS_ERR_LAYOUT -20 RS_ERR_COVERAGE -21 RS_ERR_MISMATCH -22
         RS_ERR_TIMEOUT -40 RS_ERR_PEER -41 RS_ERR_ABORTED -42 RS_ERR_COMM -43 RS_ERR_DEVICE -44 RS_ERR_MEMORY -45 RS_ERR_INTERNAL -46
-        RS_SOURCE 1 RS_TARGET 2 RS_BUFFER_PADDED 1 RS_TRANSFORM_NONE 0 RS_DEVICE_CPU 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
+        RS_SOURCE 1 RS_TARGET 2 RS_BUFFER_PADDED 1 RS_TRANSFORM_NONE 0 RS_TRANSFORM_PLUS_ONE 1 RS_TRANSFORM_MINUS_ONE 2
+        RS_DEVICE_CPU 1 RS_DEVICE_CONVERTS 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
         RS_PARAM_INITIAL 0 RS_PARAM_SYNCED 1 RS_PARAM_LANDED 2 RS_PARAM_TORN 3
         RS_DESCRIBE_PLAN 1 RS_DESCRIBE_STATS 2 RS_DESCRIBE_LAYOUT 3 RS_DESCRIBE_WORLD 4
         RS_LOG_OFF 0 RS_LOG_ERROR 1 RS_LOG_WARN 2 RS_LOG_INFO 3 RS_LOG_DEBUG 4 RS_LOG_TRACE 5

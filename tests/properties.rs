@@ -246,7 +246,8 @@ fn the_generator_makes_every_kind_of_case() {
 #[test]
 fn a_subset_reads_from_its_own_owners() {
     let dtype = rs_dtype_t { code: 4, bits: 16, lanes: 1 };
-    let tensor = |name: &str, seed: u64| model::Tensor { name: name.into(), shape: vec![4], dtype, seed };
+    let tensor =
+        |name: &str, seed: u64| model::Tensor { name: name.into(), shape: vec![4], dtype, target: dtype, transform: 0, seed };
     let buffer = |name: &str, role: u32, block: usize| model::Buffer {
         name: name.into(),
         role,

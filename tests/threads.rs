@@ -23,6 +23,9 @@ struct Noting {
 }
 
 impl Device for Noting {
+    fn converts(&self) -> bool {
+        true
+    }
     fn name(&self) -> &str {
         "noting"
     }

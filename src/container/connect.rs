@@ -135,6 +135,7 @@ impl Container {
             (None, Some(tables)) => Planned::of_tables(me, &places, tables?),
             (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
+        let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
         self.stats.plan_seconds = begun.elapsed().as_secs_f64();
         let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
         let planned = planned?;
@@ -183,6 +184,24 @@ impl Container {
             );
         }
         Ok(())
+    }
+
+    /// Whether the device can do what the targets want of values.
+    fn convertible(&self, plan: &Plan) -> Result<()> {
+        if self.device.converts() {
+            return Ok(());
+        }
+        let mut pieces = self.local.pieces.iter().chain(plan.peers.iter().flat_map(|p| &p.into));
+        match pieces.find(|p| p.convert.is_some()) {
+            Some(p) => bail!(
+                RS_ERR_UNSUPPORTED,
+                "target '{}' has another dtype than its source, or a transform, and {} does not convert (rs_device_t.flags has no \
+                 RS_DEVICE_CONVERTS)",
+                self.layout.buffers()[p.dst.buffer as usize].name,
+                self.device.name()
+            ),
+            None => Ok(()),
+        }
     }
 
     /// Every rank's table, in rank order: imported, or exchanged now. The outer error ends the communicator, the inner one is this

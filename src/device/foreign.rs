@@ -4,6 +4,7 @@
 
 use super::{Device, Event, Job, Mem, Stream};
 use crate::abi::*;
+use crate::convert::{Convert, Float};
 use crate::error::{Error, Result, bail, err, status_name};
 use crate::geom::{CopyAxis, StridedCopy};
 use std::ffi::c_void;
@@ -35,6 +36,7 @@ pub struct ForeignDevice {
     wait: WaitFn,
     query: QueryFn,
     destroy: FreeFn,
+    converts: bool,
     release: Option<unsafe extern "C" fn(*mut c_void)>,
     /// `release` is ours to call.
     owned: AtomicBool,
@@ -60,6 +62,14 @@ impl ForeignDevice {
                 ops.device_type
             );
         }
+        if ops.flags & !RS_DEVICE_CONVERTS != 0 || ops.reserved != 0 {
+            bail!(
+                RS_ERR_INVALID,
+                "rs_device_t.flags is {:#x} and reserved {}: there is RS_DEVICE_CONVERTS (1), and reserved is 0",
+                ops.flags,
+                ops.reserved
+            );
+        }
         Ok(ForeignDevice {
             ctx: ops.ctx,
             name: format!("the caller's device {}:{}", ops.device_type, ops.device_id),
@@ -71,6 +81,7 @@ impl ForeignDevice {
             wait: required(ops.event_wait, "rs_device_t.event_wait")?,
             query: required(ops.event_query, "rs_device_t.event_query")?,
             destroy: required(ops.event_destroy, "rs_device_t.event_destroy")?,
+            converts: ops.flags & RS_DEVICE_CONVERTS != 0,
             release: ops.release,
             owned: AtomicBool::new(false),
         })
@@ -110,6 +121,10 @@ impl Device for ForeignDevice {
 
     fn id(&self) -> (i32, i32) {
         self.id
+    }
+
+    fn converts(&self) -> bool {
+        self.converts
     }
 
     fn alloc(&self, bytes: usize) -> Result<Mem> {
@@ -191,12 +206,15 @@ fn for_each_row(job: &Job<'_>, mut each: impl FnMut(rs_copy_t) -> Result<()>) ->
 }
 
 fn row(copy: &StridedCopy, axes: &[CopyAxis], src: usize, dst: usize) -> rs_copy_t {
+    let dtype = |of: fn(Convert) -> Float| copy.convert.map_or(rs_dtype_t { code: 0, bits: 0, lanes: 0 }, |c| of(c).dtype());
     let mut row = rs_copy_t {
         src: pointer(src),
         dst: pointer(dst),
         run_bytes: copy.run,
         rank: axes.len() as u32,
-        reserved: 0,
+        transform: copy.convert.map_or(RS_TRANSFORM_NONE, Convert::transform),
+        src_dtype: dtype(|c| c.from),
+        dst_dtype: dtype(|c| c.to),
         extent: [0; RS_MAX_COPY_RANK],
         src_stride: [0; RS_MAX_COPY_RANK],
         dst_stride: [0; RS_MAX_COPY_RANK],

@@ -80,6 +80,8 @@ pub trait Device: Send + Sync {
     fn name(&self) -> &str;
     /// DLPack's `(device_type, device_id)` of the memory it copies.
     fn id(&self) -> (i32, i32);
+    /// Whether its copies convert values.
+    fn converts(&self) -> bool;
     /// Staging memory.
     fn alloc(&self, bytes: usize) -> Result<Mem>;
     /// Gives back what [`Device::alloc`] gave; nothing may use it any more.

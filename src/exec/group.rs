@@ -171,7 +171,7 @@ impl Rounds {
 /// Buffer and byte offsets (as source, as target) of a message that is one contiguous block there.
 fn direct(p: &Parcel) -> Option<(u32, [u64; 2])> {
     match &p.copies[..] {
-        [(buffer, copy)] if copy.axes.is_empty() => Some((*buffer, [copy.src, copy.dst])),
+        [(buffer, copy)] if copy.axes.is_empty() && copy.convert.is_none() => Some((*buffer, [copy.src, copy.dst])),
         _ => None,
     }
 }

@@ -163,7 +163,8 @@ pub fn build(
                     });
                     match found {
                         Some(Access::Mapped) => true,
-                        Some(Access::Remote) => windows.prefers_read(p.source_run()),
+                        // The kernel reads straight into the target, as it is.
+                        Some(Access::Remote) => p.convert.is_none() && windows.prefers_read(p.source_run()),
                         _ => false,
                     }
                 };

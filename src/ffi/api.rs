@@ -239,17 +239,18 @@ pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
 /// ```
 ///
 /// `model` is the model's own config.json: Llama, Mistral, Qwen2 and Qwen3 (...ForCausalLM), with experts Mixtral, Qwen2Moe, Qwen3Moe,
-/// DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both sides may
-/// have the same. Either side may be any framework. Members bear the framework's own names and have its defaults:
+/// DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both
+/// sides may have the same. Either side may be any framework, and of another dtype: its elements are cast. Members bear the framework's
+/// own names and have its defaults:
 ///
 /// - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
 ///   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
 ///   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
 ///   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
-///   params_dtype, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm, moe_use_legacy_grouped_gemm; MindSpeed's
-///   num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method ("dualpipev"). Ours: mla_down_proj_cut, whether
-///   MLA's down projections are cut (default: with local layers), and mla_weights, whose names MLA has ("core", "mindspeed",
-///   "mindspeed_qb"). data_parallel_size follows from the ranks.
+///   params_dtype, layernorm_zero_centered_gamma, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm,
+///   moe_use_legacy_grouped_gemm; MindSpeed's num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method
+///   ("dualpipev"). Ours: mla_down_proj_cut, whether MLA's down projections are cut (default: with local layers), and mla_weights, whose
+///   names MLA has ("core", "mindspeed", "mindspeed_qb"). data_parallel_size follows from the ranks.
 /// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, dtype,
 ///   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); replicas, independent engines, each an equal
 ///   block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13

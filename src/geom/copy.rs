@@ -1,6 +1,7 @@
 //! A strided copy in its simplest form.
 #![forbid(unsafe_code)]
 
+use crate::convert::Convert;
 use smallvec::SmallVec;
 
 /// One axis of a copy: `extent` steps of `src` bytes on one side and `dst` bytes on the other.
@@ -22,25 +23,38 @@ pub struct StridedCopy {
     pub src: u64,
     /// Byte offset of the first element at the target.
     pub dst: u64,
-    /// Bytes of an element: 1, 2, 4, 8 or 16.
+    /// Bytes of an element at the source: 1, 2, 4, 8 or 16.
     pub item: u32,
-    /// Contiguous bytes on both sides.
+    /// Contiguous bytes at the source, whose elements are contiguous at the target too.
     pub run: u64,
     /// The rest.
     pub axes: SmallVec<[CopyAxis; 3]>,
+    /// What happens to each element; `None`: its bytes are copied.
+    pub convert: Option<Convert>,
 }
 
 impl StridedCopy {
     /// The copy with the fewest axes over `axes` given in elements as `(extent, source stride, target stride)`, in any order.
     pub fn new(item: u32, src_elem: u64, dst_elem: u64, axes: impl IntoIterator<Item = (u64, u64, u64)>) -> StridedCopy {
-        let item64 = u64::from(item);
+        StridedCopy::converting(item, None, src_elem, dst_elem, axes)
+    }
+
+    /// The same with a conversion on the way; `item` is the source's.
+    pub fn converting(
+        item: u32,
+        convert: Option<Convert>,
+        src_elem: u64,
+        dst_elem: u64,
+        axes: impl IntoIterator<Item = (u64, u64, u64)>,
+    ) -> StridedCopy {
+        let [src_item, dst_item] = [item, convert.map_or(item, |c| c.to.item())].map(u64::from);
         let mut ax: SmallVec<[CopyAxis; 3]> = axes
             .into_iter()
             .filter(|a| a.0 != 1)
-            .map(|(extent, src, dst)| CopyAxis { extent, src: src * item64, dst: dst * item64 })
+            .map(|(extent, src, dst)| CopyAxis { extent, src: src * src_item, dst: dst * dst_item })
             .collect();
         ax.sort_by_key(|a| std::cmp::Reverse((a.dst, a.src)));
-        let mut run = item64;
+        let mut run = 1;
         // Fastest first: an axis that continues the run on both sides joins it, one that continues its inner neighbour joins that.
         let mut out: SmallVec<[CopyAxis; 3]> = SmallVec::new();
         for a in ax.into_iter().rev() {
@@ -49,19 +63,24 @@ impl StridedCopy {
                     last.extent *= a.extent;
                     continue;
                 }
-            } else if a.src == run && a.dst == run {
+            } else if a.src == run * src_item && a.dst == run * dst_item {
                 run *= a.extent;
                 continue;
             }
             out.push(a);
         }
         out.reverse();
-        StridedCopy { src: src_elem * item64, dst: dst_elem * item64, item, run, axes: out }
+        StridedCopy { src: src_elem * src_item, dst: dst_elem * dst_item, item, run: run * src_item, axes: out, convert }
     }
 
-    /// Bytes that it moves.
+    /// Bytes that it reads.
     pub fn bytes(&self) -> u64 {
         self.axes.iter().map(|a| a.extent).product::<u64>() * self.run
+    }
+
+    /// Contiguous bytes at the target.
+    pub fn dst_run(&self) -> u64 {
+        self.convert.map_or(self.run, |c| self.run / u64::from(self.item) * u64::from(c.to.item()))
     }
 
     /// One past the last byte read, counted like `src`.
@@ -71,6 +90,6 @@ impl StridedCopy {
 
     /// One past the last byte written, counted like `dst`.
     pub fn dst_end(&self) -> u64 {
-        self.dst + self.run + self.axes.iter().map(|a| (a.extent - 1) * a.dst).sum::<u64>()
+        self.dst + self.dst_run() + self.axes.iter().map(|a| (a.extent - 1) * a.dst).sum::<u64>()
     }
 }

@@ -129,7 +129,10 @@ fn rows_are_named() {
     fails(&[t("w", &[2]), t("w", &[2])], &[], &[], RS_ERR_INVALID, &["tensors[1]", "tensors[0]"]);
     fails(&ten, &[buf.clone()], &[TileRow { tensor: 9, ..ok }], RS_ERR_INVALID, &["tiles[0]", "'p'", "9"]);
     fails(&ten, &[buf.clone()], &[TileRow { buffer: 1, ..ok }], RS_ERR_INVALID, &["buffer is 1"]);
-    fails(&ten, &[buf.clone()], &[TileRow { transform: 1, ..ok }], RS_ERR_UNSUPPORTED, &["transform 1"]);
+    fails(&ten, &[buf.clone()], &[TileRow { transform: 3, ..ok }], RS_ERR_UNSUPPORTED, &["transform 3"]);
+    fails(&ten, &[buf.clone()], &[TileRow { transform: 1, ..ok }], RS_ERR_INVALID, &["transform 1", "only a target"]);
+    let whole = BufferRow { role: RS_TARGET, dtype: rs_dtype_t { code: 0, bits: 16, lanes: 1 }, ..buf.clone() };
+    fails(&ten, &[whole], &[TileRow { transform: 1, ..ok }], RS_ERR_MISMATCH, &["code 0, bits 16", "transform 1"]);
     fails(&ten, &[buf.clone()], &[TileRow { rank: 9, ..ok }], RS_ERR_INVALID, &["rank is 9"]);
     fails(&ten, &[buf.clone()], &[TileRow { stride: arr(&[-4, 1]), ..ok }], RS_ERR_INVALID, &["stride[0] is -4"]);
     fails(&ten, &[buf.clone()], &[TileRow { stride: arr(&[3, 1]), ..ok }], RS_ERR_LAYOUT, &["nest"]);

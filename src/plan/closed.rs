@@ -55,6 +55,7 @@ impl<'w> Alike<'w> {
                     buffer: h.row,
                     base: h.place,
                     dtype: world.sides()[side].dtype(h.param),
+                    transform: h.param.transform,
                     param: &h.param.name,
                     pattern: h.pattern,
                 }));

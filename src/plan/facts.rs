@@ -111,6 +111,7 @@ pub fn facts<'a>(me: u32, tables: &'a [Table], classes: &'a [Class]) -> Result<(
                 buffer: tile.buffer,
                 base: 0,
                 dtype: buffer.dtype,
+                transform: tile.transform,
                 param: &buffer.name,
                 pattern: &tile.pattern,
             };

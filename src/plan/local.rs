@@ -6,8 +6,9 @@
 
 use super::owners::{Held, Holder, held};
 use super::{Piece, Spot, piece};
-use crate::abi::{RS_ERR_MISMATCH, RS_SOURCE, RS_TARGET};
-use crate::error::{Result, bail};
+use crate::abi::{RS_SOURCE, RS_TARGET};
+use crate::convert::Convert;
+use crate::error::Result;
 use crate::geom::{Index, Radix, Region};
 use crate::layout::Layout;
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ pub fn plan_local(layout: &Layout) -> Result<Local> {
             buffer: tile.buffer,
             base: 0,
             dtype: (buffer.dtype.code, buffer.dtype.bits),
+            transform: tile.transform,
             param: &buffer.name,
             pattern: &tile.pattern,
         };
@@ -66,21 +68,11 @@ pub fn plan_local(layout: &Layout) -> Result<Local> {
             for (copied, source) in order {
                 let from = &own.0[source.holder as usize];
                 for part in rest.iter().filter_map(|r| r.meet(&source.patch.region)) {
-                    if from.dtype != to.dtype {
-                        bail!(
-                            RS_ERR_MISMATCH,
-                            "tensor '{}': source '{}' has dtype (code {}, bits {}), target '{}' of the same rank has (code {}, bits \
-                             {}); casts are not built",
-                            facts.name,
-                            from.param,
-                            from.dtype.0,
-                            from.dtype.1,
-                            to.param,
-                            to.dtype.0,
-                            to.dtype.1
-                        );
-                    }
-                    let item = u32::from(from.dtype.1) / 8;
+                    let convert = Convert::between(from.dtype, to.dtype, to.transform).map_err(|e| {
+                        let (tensor, from, to) = (&facts.name, from.param, to.param);
+                        e.context(format_args!("tensor '{tensor}', source '{from}', target '{to}' of the same rank"))
+                    })?;
+                    let item = (u32::from(from.dtype.1) / 8, convert);
                     let src = Spot { buffer: from.buffer, offset: source.patch.offset_of(&part) };
                     let dst = Spot { buffer: to.buffer, offset: target.patch.offset_of(&part) };
                     let piece = piece(&radix, &part, tensor, item, (source, src), (target, dst));

@@ -18,6 +18,7 @@ pub mod route;
 pub mod totals;
 
 use crate::abi::RS_ERR_UNSUPPORTED;
+use crate::convert::Convert;
 use crate::error::{Error, err};
 use crate::geom::{Axis, Pattern, Radix, Region, StridedCopy};
 use crate::layout::ranges;
@@ -64,8 +65,11 @@ pub struct Spot {
 pub struct Piece {
     /// Ordinal of the tensor.
     pub tensor: u32,
-    /// Bytes of an element.
+    /// Bytes of an element at the source, and on the wire.
     pub item: u32,
+    /// What happens to each element at the target; `None`: its bytes are copied. A double reads what has been converted before: there
+    /// it is a copy between two equal types, if these are not the source's.
+    pub convert: Option<Convert>,
     /// Number of the first element in the logical tensor.
     pub key: u64,
     /// First element at the source.
@@ -77,7 +81,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// Number of bytes.
+    /// Number of the source's bytes.
     pub fn bytes(&self) -> u64 {
         self.axes.iter().map(|a| a.extent).product::<u64>() * u64::from(self.item)
     }
@@ -96,7 +100,12 @@ impl Piece {
 
     /// From the source's buffer to the target's.
     pub fn copy(&self) -> StridedCopy {
-        StridedCopy::new(self.item, self.src.offset, self.dst.offset, self.axes.iter().map(|a| (a.extent, a.src, a.dst)))
+        let axes = self.axes.iter().map(|a| (a.extent, a.src, a.dst));
+        let (item, convert) = match self.convert {
+            Some(c) if c.is_copy() => (c.from.item(), None),
+            convert => (self.item, convert),
+        };
+        StridedCopy::converting(item, convert, self.src.offset, self.dst.offset, axes)
     }
 
     /// From the source's buffer to byte `at` of a message.
@@ -108,7 +117,8 @@ impl Piece {
 
     /// From byte `at` of a message to the target's buffer.
     pub fn unpack(&self, at: u64) -> StridedCopy {
-        let mut copy = StridedCopy::new(self.item, 0, self.dst.offset, self.wire_steps().map(|(a, step)| (a.extent, step, a.dst)));
+        let axes = self.wire_steps().map(|(a, step)| (a.extent, step, a.dst));
+        let mut copy = StridedCopy::converting(self.item, self.convert, 0, self.dst.offset, axes);
         copy.src = at;
         copy
     }
@@ -279,11 +289,11 @@ pub(crate) fn piece(
     radix: &Radix,
     region: &Region,
     tensor: u32,
-    item: u32,
+    (item, convert): (u32, Option<Convert>),
     (from, src): (&owners::Held, Spot),
     (to, dst): (&owners::Held, Spot),
 ) -> Piece {
-    let mut piece = Piece { tensor, item, key: radix.number(&region.lo), src, dst, axes: SmallVec::new() };
+    let mut piece = Piece { tensor, item, convert, key: radix.number(&region.lo), src, dst, axes: SmallVec::new() };
     for i in 0..radix.digits() {
         if region.len[i] > 1 {
             piece.axes.push(PieceAxis {

@@ -27,6 +27,8 @@ pub struct Holder<'a> {
     pub base: u32,
     /// DLPack code and bits of the buffer.
     pub dtype: (u8, u8),
+    /// RS_TRANSFORM_* of the tile.
+    pub transform: u32,
     /// The buffer's name, for errors.
     pub param: &'a str,
     /// What lies where.

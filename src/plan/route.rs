@@ -9,7 +9,8 @@
 
 use super::owners::{Atom, Class, Held, Holder, atoms, held};
 use super::{Place, Plan, Spot, piece, shown};
-use crate::abi::{RS_ERR_COVERAGE, RS_ERR_MISMATCH};
+use crate::abi::{RS_ERR_COVERAGE, RS_ERR_UNSUPPORTED};
+use crate::convert::{Convert, Float};
 use crate::error::{Result, bail};
 use crate::geom::{Index, Radix, Region};
 use smallvec::SmallVec;
@@ -221,13 +222,14 @@ impl<'p> Router<'p> {
         };
         for (region, from, to) in &geometry.doubles {
             let (from, to) = (&geometry.targets[*from], &geometry.targets[*to]);
-            let item = item(tensor.name, (me, &facts.targets[from.holder as usize]), (me, &facts.targets[to.holder as usize]))?;
+            let source = facts.sources.first().map_or((0, 0), |s| s.dtype);
+            let item = double(tensor.name, me, source, &facts.targets[from.holder as usize], &facts.targets[to.holder as usize])?;
             let ends = (spot(&facts.targets, 1, from, region), spot(&facts.targets, 1, to, region));
             plan.doubles.push(piece(&geometry.radix, region, tensor.ordinal, item, (from, ends.0), (to, ends.1)));
         }
         self.send(facts, geometry, tensor.ordinal, &mut |s| {
             let holders = (&facts.sources[s.from.1.holder as usize], &facts.targets[s.to.1.holder as usize]);
-            let item = item(tensor.name, (s.from.0, holders.0), (s.to.0, holders.1))?;
+            let item = format(tensor.name, (s.from.0, holders.0), (s.to.0, holders.1))?;
             let ends = (spot(&facts.sources, 0, s.from.1, &s.part), spot(&facts.targets, 1, s.to.1, &s.part));
             let piece = piece(&geometry.radix, &s.part, tensor.ordinal, item, (s.from.1, ends.0), (s.to.1, ends.1));
             if s.from.0 == me {
@@ -336,22 +338,28 @@ fn ranks(classes: &[&Class]) -> Vec<(u32, u32)> {
     out
 }
 
-/// Bytes of an element, equal on both sides.
-fn item(tensor: &str, (from, source): (u32, &Holder<'_>), (to, target): (u32, &Holder<'_>)) -> Result<u32> {
-    if source.dtype != target.dtype {
+/// Bytes of an element of the source, and what the target makes of it.
+fn format(tensor: &str, (from, source): (u32, &Holder<'_>), (to, target): (u32, &Holder<'_>)) -> Result<(u32, Option<Convert>)> {
+    let convert = Convert::between(source.dtype, target.dtype, target.transform).map_err(|e| {
+        let (source, target) = (source.param, target.param);
+        e.context(format_args!("tensor '{tensor}', source '{source}' of rank {from}, target '{target}' of rank {to}"))
+    })?;
+    Ok((u32::from(source.dtype.1) / 8, convert))
+}
+
+/// The same for a second target on the rank that has the first: what landed there is what it wants, or it cannot be had from there.
+fn double(tensor: &str, rank: u32, source: (u8, u8), from: &Holder<'_>, to: &Holder<'_>) -> Result<(u32, Option<Convert>)> {
+    if (from.dtype, from.transform) != (to.dtype, to.transform) {
         bail!(
-            RS_ERR_MISMATCH,
-            "tensor '{tensor}': source '{}' of rank {from} has dtype (code {}, bits {}), target '{}' of rank {to} has (code {}, bits \
-             {}); casts are not built",
-            source.param,
-            source.dtype.0,
-            source.dtype.1,
-            target.param,
-            target.dtype.0,
-            target.dtype.1
+            RS_ERR_UNSUPPORTED,
+            "tensor '{tensor}': targets '{}' and '{}' of rank {rank} want the same elements with different dtypes or transforms: that \
+             is not built",
+            from.param,
+            to.param
         );
     }
-    Ok(u32::from(source.dtype.1) / 8)
+    let landed = Float::of(to.dtype).filter(|_| to.dtype != source).map(|float| Convert { from: float, to: float, add: 0 });
+    Ok((u32::from(source.1) / 8, landed))
 }
 
 /// The axis along which a box is cut in `parts`: the slowest that gives nearly equal parts, else the longest.

@@ -13,7 +13,7 @@ fn tile(buffer: u32, rows: (u64, u64), cols: (u64, u64), turned: bool) -> Tile {
     let (r, c) = if turned { (1, nr) } else { (nc, 1) };
     let axes = [Axis { extent: nr, key: COLS, val: r }, Axis { extent: nc, key: 1, val: c }];
     let key = rows.0 * COLS + cols.0;
-    Tile { tensor: 0, buffer, pattern: Pattern { key, val: 0, axes: axes.into_iter().collect() }.coalesce() }
+    Tile { tensor: 0, buffer, pattern: Pattern { key, val: 0, axes: axes.into_iter().collect() }.coalesce(), transform: 0 }
 }
 
 fn range(rng: &mut fastrand::Rng, n: u64) -> (u64, u64) {
@@ -129,6 +129,7 @@ fn large_boxes_are_cut_over_replicas_in_turn() {
             tensor: 0,
             buffer: 0,
             pattern: Pattern { key: 0, val: 0, axes: [Axis { extent: 1 << 20, key: 1, val: 1 }].into_iter().collect() },
+            transform: 0,
         }],
     };
     // Four sources on two hosts, a target beside two of them, one on a host of its own.
@@ -153,7 +154,7 @@ fn small_boxes_go_round_the_replicas() {
         tiles: (0..64)
             .map(|tensor| {
                 let axes = [Axis { extent: 100, key: 1, val: 1 }].into_iter().collect();
-                Tile { tensor, buffer: 0, pattern: Pattern { key: 0, val: u64::from(tensor) * 100, axes } }
+                Tile { tensor, buffer: 0, pattern: Pattern { key: 0, val: u64::from(tensor) * 100, axes }, transform: 0 }
             })
             .collect(),
     };
@@ -179,7 +180,7 @@ fn ten_thousand_tiles_of_one_tensor() {
                 // Backwards in the target, so that no two rows are one box.
                 let val = if role == 1 { r } else { N - 1 - r } * 8;
                 let axes = [Axis { extent: 4, key: 1, val: 2 }].into_iter().collect();
-                Tile { tensor: 0, buffer: 0, pattern: Pattern { key: r * 4, val, axes } }
+                Tile { tensor: 0, buffer: 0, pattern: Pattern { key: r * 4, val, axes }, transform: 0 }
             })
             .collect(),
     };

@@ -36,13 +36,13 @@ pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links
     for (ordinal, id) in (0..).zip(world.model().all()) {
         let known = alike.of(id, &world.model().name(id))?;
         let (facts, geometry) = &*known;
+        // As many bytes as the source has of them.
+        let item = u64::from(world.sides()[0].kind_dtype(id.kind).1 / 8);
         for t in &facts.targets {
-            let ranks = facts.classes[t.class as usize].ranks.len() as u64;
-            sums.landed += t.pattern.volume() * u64::from(t.dtype.1 / 8) * ranks;
+            sums.landed += t.pattern.volume() * item * facts.classes[t.class as usize].ranks.len() as u64;
         }
         router.send(facts, geometry, ordinal, &mut |s| {
-            let item = facts.sources[s.from.1.holder as usize].dtype.1 / 8;
-            let bytes = s.part.volume() * u64::from(item);
+            let bytes = s.part.volume() * item;
             let pair = sums.pairs.entry((s.from.0, s.to.0)).or_default();
             pair.bytes += bytes;
             pair.tier = pair.tier.max(s.tier);

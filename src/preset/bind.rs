@@ -1,11 +1,11 @@
 //! One rank's parameters and their memory: from names that a framework uses to the rows of tables.
 #![forbid(unsafe_code)]
 
+use super::cut::Cut;
 use super::side::{Param, Slot};
 use super::world::World;
 use crate::abi::*;
 use crate::error::{Result, bail};
-use crate::geom::Pattern;
 use crate::layout::{BufferRow, TensorRow, TileRow};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -262,7 +262,7 @@ impl Preset {
             for ((slot, param), (e, memory)) in s.params(self.rank).zip(&mut bound) {
                 for cut in &param.cuts {
                     let row = rows[&model.ordinal(self.world.id(cut.kind, slot.layer, cut.expert))];
-                    let mut tile = cut.row(u64::from(e.dtype.bits / 8));
+                    let mut tile = cut.row(u64::from(e.dtype.bits / 8), param.transform);
                     (tile.tensor, tile.buffer) = (row, out.buffers.len() as u32);
                     out.tiles.push(tile);
                 }
@@ -284,11 +284,12 @@ impl Preset {
         Ok(out)
     }
 
-    /// Bytes of logical elements that this rank's targets hold.
+    /// Bytes that the source has of the elements that this rank's targets hold.
     pub fn target_bytes(&self) -> u64 {
-        let side = self.world.sides()[1];
-        let bytes = |p: &Param| p.patterns.iter().map(Pattern::volume).sum::<u64>() * u64::from(side.dtype(p).1 / 8);
-        side.params(self.rank).map(|(_, p)| bytes(p)).sum()
+        let [source, target] = self.world.sides();
+        let item = |c: &Cut| u64::from(source.kind_dtype(c.kind).1 / 8);
+        let bytes = |p: &Param| p.cuts.iter().zip(&p.patterns).map(|(c, pattern)| pattern.volume() * item(c)).sum::<u64>();
+        target.params(self.rank).map(|(_, p)| bytes(p)).sum()
     }
 
     /// Every parameter that the spec says this rank has, as JSON.

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::model::Heads;
-use crate::abi::{RS_MAX_RANK, RS_TRANSFORM_NONE};
+use crate::abi::RS_MAX_RANK;
 use crate::geom::{Axis, Pattern};
 use crate::layout::TileRow;
 use serde::Serialize;
@@ -57,7 +57,7 @@ impl Cut {
     }
 
     /// As a row of a tile table, for items of `item` bytes; the rows of tensor and buffer are the caller's to set.
-    pub fn row(&self, item: u64) -> TileRow {
+    pub fn row(&self, item: u64, transform: u32) -> TileRow {
         let list = |f: fn(&Span) -> u64| {
             let mut out = [0; RS_MAX_RANK];
             for (o, a) in out.iter_mut().zip(&self.axes) {
@@ -69,7 +69,7 @@ impl Cut {
             tensor: 0,
             buffer: 0,
             rank: self.axes.len() as u32,
-            transform: RS_TRANSFORM_NONE,
+            transform,
             byte_offset: self.offset * item,
             view: list(|a| a.view),
             origin: list(|a| a.origin),

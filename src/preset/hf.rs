@@ -45,6 +45,7 @@ pub fn parts(model: &Model, options: &Options) -> Result<Parts> {
         ranks: options.ranks.0.clone(),
         dtype: super::spec::dtype("dtype", options.dtype.as_deref(), model)?,
         sections: vec![Section::new(0, vec![of(Part::Once, 0)]), layer(LayerType::Dense), layer(LayerType::Moe)],
+        zero_centered: false,
         stages: vec![slots],
         unused: vec![],
         strip: "",

@@ -81,6 +81,9 @@ pub struct Options {
     padded_vocab_size: Option<u64>,
     #[serde(default)]
     params_dtype: Option<String>,
+    /// Norms hold their weight minus one.
+    #[serde(default)]
+    layernorm_zero_centered_gamma: bool,
 }
 
 /// Whose layers; it decides where norms are.
@@ -179,6 +182,7 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
         meshes,
         ranks: o.ranks.0.clone(),
         dtype: super::spec::dtype("params_dtype", o.params_dtype.as_deref(), model)?,
+        zero_centered: o.layernorm_zero_centered_gamma,
         stages: chunks.iter().map(|c| slots(model, c)).collect(),
         sections,
         unused: if copy && !target { vec![unused] } else { vec![] },
@@ -219,6 +223,9 @@ fn check(model: &Model, o: &Options, tp: u64) -> Result<()> {
             "tensor_model_parallel_size {tp}: MindSpeed's linear_qkv holds all of q where there is no q_lora_rank, which works with 1 only"
         ),
         Attention::Latent(_) => {}
+    }
+    if o.layernorm_zero_centered_gamma && o.transformer_impl == Impl::Local {
+        bail!(RS_ERR_INVALID, "layernorm_zero_centered_gamma: Megatron's local RMSNorm has none; it goes with transformer_engine");
     }
     if o.mla_mm_split && o.mla_weights == MlaWeights::Core {
         bail!(RS_ERR_INVALID, "mla_mm_split goes with mla_weights \"mindspeed\" or \"mindspeed_qb\"");

@@ -42,6 +42,13 @@ pub struct Kind {
     pub fp32: bool,
 }
 
+impl Kind {
+    /// Whether it is the weight of a norm.
+    pub fn is_norm(&self) -> bool {
+        self.name.ends_with("norm.weight")
+    }
+}
+
 /// A tensor: its kind, layer and expert; 0 where it has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Id {

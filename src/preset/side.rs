@@ -31,6 +31,8 @@ pub struct Param {
     pub padded: bool,
     /// DLPack code and bits, if they are not the side's.
     pub dtype: Option<(u8, u8)>,
+    /// RS_TRANSFORM_* of its boxes.
+    pub transform: u32,
 }
 
 impl Param {
@@ -39,7 +41,15 @@ impl Param {
         let cuts: Vec<Cut> = cuts.into_iter().collect();
         let held: u64 = cuts.iter().map(|c| c.axes.iter().map(|a| a.extent).product::<u64>()).sum();
         let padded = held < shape.iter().product();
-        Param { name: name.into(), shape: shape.to_vec(), cuts, patterns: vec![], padded, dtype: None }
+        Param {
+            name: name.into(),
+            shape: shape.to_vec(),
+            cuts,
+            patterns: vec![],
+            padded,
+            dtype: None,
+            transform: RS_TRANSFORM_NONE,
+        }
     }
 
     /// The same in fp32.
@@ -141,6 +151,8 @@ pub struct Parts {
     pub ranks: Vec<u32>,
     /// DLPack code and bits of all parameters that do not say otherwise.
     pub dtype: (u8, u8),
+    /// Whether norms hold their weight minus one.
+    pub zero_centered: bool,
     /// All sections.
     pub sections: Vec<Section>,
     /// By stage.
@@ -163,6 +175,8 @@ pub struct Side {
     positions: Vec<u32>,
     /// Slots by kind and, in a layer, layer: stage and index of the slot.
     places: HashMap<(usize, u64), Vec<(u64, usize)>>,
+    /// By kind; see [`Side::kind_dtype`].
+    dtypes: Vec<(u8, u8)>,
 }
 
 impl Side {
@@ -190,7 +204,24 @@ impl Side {
                 }
             }
         }
-        Ok(Side { parts, positions, places })
+        let mut dtypes = vec![parts.dtype; model.kinds.len()];
+        for param in parts.sections.iter().flat_map(|s| s.shards.iter().flatten()) {
+            if let Some(dtype) = param.dtype {
+                param.cuts.iter().for_each(|c| dtypes[c.kind] = dtype);
+            }
+        }
+        Ok(Side { parts, positions, places, dtypes })
+    }
+
+    /// As a target: what is added to norms, or taken away, where the source centres them another way.
+    pub fn center_norms(&mut self, model: &Model, source_is_zero_centered: bool) {
+        let transform = match (source_is_zero_centered, self.parts.zero_centered) {
+            (true, false) => RS_TRANSFORM_PLUS_ONE,
+            (false, true) => RS_TRANSFORM_MINUS_ONE,
+            _ => return,
+        };
+        let params = self.parts.sections.iter_mut().flat_map(|s| s.shards.iter_mut().flatten());
+        params.filter(|p| p.cuts.iter().any(|c| model.kinds[c.kind].is_norm())).for_each(|p| p.transform = transform);
     }
 
     /// Stage and shard of a communicator rank in a mesh; `None`: it plays no part.
@@ -240,6 +271,11 @@ impl Side {
     /// DLPack code and bits of a parameter.
     pub fn dtype(&self, param: &Param) -> (u8, u8) {
         param.dtype.unwrap_or(self.parts.dtype)
+    }
+
+    /// DLPack code and bits of all parameters that hold a kind.
+    pub fn kind_dtype(&self, kind: usize) -> (u8, u8) {
+        self.dtypes[kind]
     }
 
     /// One more than the highest communicator rank.

@@ -69,17 +69,8 @@ impl Spec {
         let text: Text = take("spec", value)?;
         let model = Model::new(&text.model)?;
         let source = side("source", &model, text.source, false)?;
-        let target = side("target", &model, text.target, true)?;
-        if source.parts.dtype != target.parts.dtype {
-            bail!(
-                RS_ERR_UNSUPPORTED,
-                "source has dtype (code {}, bits {}), target (code {}, bits {}): casts are not built",
-                source.parts.dtype.0,
-                source.parts.dtype.1,
-                target.parts.dtype.0,
-                target.parts.dtype.1
-            );
-        }
+        let mut target = side("target", &model, text.target, true)?;
+        target.center_norms(&model, source.parts.zero_centered);
         if let Some(n) = text.ranks_per_host {
             size("ranks_per_host", n)?;
         }

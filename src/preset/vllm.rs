@@ -98,6 +98,7 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
         meshes,
         ranks: o.ranks.0.clone(),
         dtype: super::spec::dtype("dtype", o.dtype.as_deref(), model)?,
+        zero_centered: false,
         sections,
         unused: vec![],
         strip: "",

@@ -111,7 +111,7 @@ fn out_of_bounds(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     let (r, t) = any_tile(rng, case, |_, _| true)?;
     let tile = &case.ranks[r].tiles[t];
     let buffer = &case.ranks[r].buffers[tile.buffer];
-    let item = case.tensors[tile.tensor].item();
+    let item = case.ranks[r].buffers[tile.buffer].dtype.bits as usize / 8;
     let end = tile.elements(item).iter().map(|e| e.1 + item).max().expect("an element");
     let name = buffer.name.clone();
     let shift = (buffer.bytes - end) / item + 1;
@@ -147,7 +147,7 @@ fn shape(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     Some(Broken { what: "one tensor with two shapes", own: None, statuses: &[RS_ERR_MISMATCH], words })
 }
 
-/// A target wants another element type than its source has; the size is the same.
+/// A target wants an element type that its source's cannot become; the size is the same.
 fn dtype(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     let (r, t) = any_tile(rng, case, |b, _| b.role == RS_TARGET)?;
     let b = case.ranks[r].tiles[t].buffer;
@@ -155,21 +155,19 @@ fn dtype(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     let buffer = &mut rank.buffers[b];
     buffer.dtype.code = match (buffer.dtype.code, buffer.dtype.bits) {
         (0, 8) => 1,
-        (_, 8) => 0,
-        (4, _) => 2,
-        (2, 16) => 4,
-        (2, _) => 0,
-        _ => 2,
+        (0, _) => 1,
+        _ => 0,
     };
+    rank.tiles.iter_mut().filter(|x| x.buffer == b).for_each(|x| x.transform = 0);
     let tensors = rank.tiles.iter().filter(|x| x.buffer == b).map(|x| case.tensors[x.tensor].name.clone());
     let words = vec![tensors.collect(), vec![rank.buffers[b].name.clone()]];
-    Some(Broken { what: "another element type than the source", own: Some(r), statuses: &[RS_ERR_MISMATCH], words })
+    Some(Broken { what: "another element type than the source", own: Some(r), statuses: &[RS_ERR_MISMATCH, RS_ERR_LAYOUT], words })
 }
 
 /// A transform that is not built.
 fn transform(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     let (r, t) = any_tile(rng, case, |_, _| true)?;
-    case.ranks[r].tiles[t].transform = 1;
+    case.ranks[r].tiles[t].transform = 7;
     own("a transform", r, &[RS_ERR_UNSUPPORTED], &["transform"])
 }
 

@@ -6,7 +6,7 @@ use super::place::{Gaps, place};
 use super::truth::Census;
 use super::views::{Piece, chance, factors, review, whole};
 use fastrand::Rng;
-use reshard::abi::{RS_SOURCE, RS_TARGET, rs_dtype_t};
+use reshard::abi::{RS_SOURCE, RS_TARGET, RS_TRANSFORM_NONE, rs_dtype_t};
 
 const BOTH: u32 = RS_SOURCE | RS_TARGET;
 /// Staging memory, by peer, that every plan finds enough.
@@ -70,7 +70,8 @@ fn tensors(rng: &mut Rng, size: usize) -> Vec<Tensor> {
             }
         }
         let dtype = *rng.choice(&dtypes).expect("not empty");
-        all.push(Tensor { name: format!("model.{t}.weight"), shape, dtype, seed: rng.u64(..) });
+        let (target, transform) = arrival(rng, dtype);
+        all.push(Tensor { name: format!("model.{t}.weight"), shape, dtype, target, transform, seed: rng.u64(..) });
     }
     all
 }
@@ -78,6 +79,18 @@ fn tensors(rng: &mut Rng, size: usize) -> Vec<Tensor> {
 fn dtype(rng: &mut Rng) -> rs_dtype_t {
     let (code, bits) = *rng.choice(&[(0, 8), (1, 8), (4, 16), (2, 16), (2, 32), (2, 64), (5, 128)]).expect("not empty");
     rs_dtype_t { code, bits, lanes: 1 }
+}
+
+/// The type and transform of a tensor's targets: of floats often others.
+fn arrival(rng: &mut Rng, dtype: rs_dtype_t) -> (rs_dtype_t, u32) {
+    let floats = [(4, 16), (2, 16), (2, 32)].map(|(code, bits)| rs_dtype_t { code, bits, lanes: 1 });
+    if !matches!((dtype.code, dtype.bits), (4, 16) | (2, 16) | (2, 32)) || rng.bool() {
+        return (dtype, RS_TRANSFORM_NONE);
+    }
+    match rng.u32(0..3) {
+        n @ 1.. => (floats[2], n),
+        _ => (*rng.choice(&floats).expect("not empty"), RS_TRANSFORM_NONE),
+    }
 }
 
 /// Each rank's role; at least one source and one target.
@@ -133,21 +146,21 @@ fn bind_all(rng: &mut Rng, tensors: &[Tensor], rank: &mut Rank, mut pieces: Vec<
         rng.shuffle(&mut pieces);
     }
     while let Some(first) = pieces.pop() {
-        let dtype = tensors[first.tensor].dtype;
+        let dtype = tensors[first.tensor].dtype_as(role);
         let mut group = vec![first];
         for _ in 0..rng.usize(0..4) {
-            if pieces.last().is_some_and(|p| tensors[p.tensor].dtype == dtype) {
+            if pieces.last().is_some_and(|p| tensors[p.tensor].dtype_as(role) == dtype) {
                 group.extend(pieces.pop());
             }
         }
-        let both = shared && chance(rng, 20);
+        let both = shared && chance(rng, 20) && group.iter().all(|p| !tensors[p.tensor].converts());
         bind(rng, tensors, rank, group, if both { BOTH } else { role });
     }
 }
 
 /// One buffer, in a block of its own.
 fn bind(rng: &mut Rng, tensors: &[Tensor], rank: &mut Rank, group: Vec<Piece>, role: u32) {
-    let dtype = tensors[group[0].tensor].dtype;
+    let dtype = tensors[group[0].tensor].dtype_as(role);
     let item = item(dtype);
     let gaps = Gaps { frame: rng.bool(), pads: chance(rng, 30) };
     let (placed, region) = place(rng, group, gaps);
@@ -170,7 +183,8 @@ fn bind(rng: &mut Rng, tensors: &[Tensor], rank: &mut Rank, group: Vec<Piece>, r
             let other = Piece { tensor: placed.piece.tensor + 1, ..placed.piece.clone() };
             rank.tiles.push(tile(rng, other, index, byte_offset));
         }
-        rank.tiles.push(tile(rng, placed.piece, index, byte_offset));
+        let transform = if role == RS_TARGET { tensors[placed.piece.tensor].transform } else { RS_TRANSFORM_NONE };
+        rank.tiles.push(Tile { transform, ..tile(rng, placed.piece, index, byte_offset) });
     }
     let bytes = extent_of(&shape, &strides) * item + if chance(rng, 20) { rng.usize(1..20) } else { 0 };
     rank.blocks.push(bytes);
@@ -196,7 +210,16 @@ fn tile(rng: &mut Rng, piece: Piece, buffer: usize, byte_offset: u64) -> Tile {
     for (s, _) in stride.iter_mut().zip(&p.extent).filter(|(_, e)| **e == 1) {
         *s = *rng.choice(&[*s, *s, 0, 1, -3, i64::MAX]).expect("not empty");
     }
-    Tile { tensor: p.tensor, buffer, transform: 0, byte_offset, view: p.view, origin: p.origin, extent: p.extent, stride }
+    Tile {
+        tensor: p.tensor,
+        buffer,
+        transform: RS_TRANSFORM_NONE,
+        byte_offset,
+        view: p.view,
+        origin: p.origin,
+        extent: p.extent,
+        stride,
+    }
 }
 
 /// A second row of the other role over a part of some buffers' memory: the same elements at the same addresses.
@@ -204,7 +227,7 @@ fn share_memory(rng: &mut Rng, tensors: &[Tensor], rank: &mut Rank) {
     let tied = |t: usize| tensors.iter().filter(|x| x.seed == tensors[t].seed).count() > 1;
     for old in rank.tiles.clone() {
         let parent = rank.buffers[old.buffer].clone();
-        if parent.role == BOTH || tied(old.tensor) || !chance(rng, 12) {
+        if parent.role == BOTH || tied(old.tensor) || tensors[old.tensor].converts() || !chance(rng, 12) {
             continue;
         }
         let Tile { tensor, view, origin, extent, mut stride, .. } = old.clone();

@@ -1,33 +1,89 @@
 //! What a case says: logical tensors, and for each rank its memory, buffers and tiles. Plain data; calls nothing of the library.
 
-use reshard::abi::rs_dtype_t;
+use reshard::abi::{RS_TARGET, RS_TRANSFORM_PLUS_ONE, rs_dtype_t};
 
 /// A logical tensor. Its elements' values follow from `seed`, their row-major index and a version.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub name: String,
     pub shape: Vec<i64>,
+    /// What sources have.
     pub dtype: rs_dtype_t,
+    /// What targets have: the same, or of float types another.
+    pub target: rs_dtype_t,
+    /// Of the targets' tiles. With one, `target` is fp32.
+    pub transform: u32,
     pub seed: u64,
 }
 
 impl Tensor {
+    /// Whether values change on the way.
+    pub fn converts(&self) -> bool {
+        self.transform != 0 || (self.dtype.code, self.dtype.bits) != (self.target.code, self.target.bits)
+    }
+
+    /// What a buffer of `role` has; one of both roles is of a tensor whose values stay.
+    pub fn dtype_as(&self, role: u32) -> rs_dtype_t {
+        if role == RS_TARGET { self.target } else { self.dtype }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product::<i64>() as usize
     }
 
-    /// Bytes of an element.
+    /// Bytes of an element at a source.
     pub fn item(&self) -> usize {
         item(self.dtype)
     }
 
-    /// Writes the bytes of element `index` at `version` to `out`, one item long.
-    pub fn value(&self, index: usize, version: u64, out: &mut [u8]) {
+    /// Writes the bytes of element `index` at `version`, as a buffer of `role` has them, to `out`, one item long.
+    pub fn value(&self, index: usize, version: u64, role: u32, out: &mut [u8]) {
+        if self.converts() {
+            return self.float(index, version, role, out);
+        }
         let key = self.seed ^ (index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ version.wrapping_mul(0xD1B5_4A32_D192_ED03);
         for (part, chunk) in out.chunks_mut(8).enumerate() {
             chunk.copy_from_slice(&mix(key.wrapping_add(part as u64)).to_le_bytes()[..chunk.len()]);
         }
+    }
+
+    /// What a target makes of a source's element.
+    pub fn arrived(&self, bytes: &[u8]) -> Vec<u8> {
+        if !self.converts() {
+            return bytes.to_vec();
+        }
+        let mut word = [0; 4];
+        word[..bytes.len()].copy_from_slice(bytes);
+        let bits = u32::from_le_bytes(word);
+        let found = (0..2).flat_map(|s| (-8..8).flat_map(move |e| (0..128).map(move |f| (s == 1, e, f))));
+        let (negative, exponent, fraction) =
+            found.into_iter().find(|&(s, e, f)| encoded(self.dtype, s, e, f) == bits).expect("a number of `float`");
+        let mut bits = encoded(self.target, negative, exponent, fraction);
+        match self.transform {
+            0 => {}
+            RS_TRANSFORM_PLUS_ONE => bits = (f32::from_bits(bits) + 1.0).to_bits(),
+            _ => bits = (f32::from_bits(bits) - 1.0).to_bits(),
+        }
+        bits.to_le_bytes()[..item(self.target)].to_vec()
+    }
+
+    /// The same where values change: numbers that every type has.
+    fn float(&self, index: usize, version: u64, role: u32, out: &mut [u8]) {
+        let label = mix(self.seed ^ (index as u64) << 20 ^ version);
+        let (negative, exponent, fraction) = (label & 1 == 1, (label >> 1 & 15) as i32 - 8, (label >> 5 & 127) as u32);
+        let source = encoded(self.dtype, negative, exponent, fraction).to_le_bytes();
+        let source = &source[..self.item()];
+        out.copy_from_slice(&if role == RS_TARGET { self.arrived(source) } else { source.to_vec() });
+    }
+}
+
+/// The bits of a number with 8 significant ones and an exponent that all float types have.
+fn encoded(dtype: rs_dtype_t, negative: bool, exponent: i32, fraction: u32) -> u32 {
+    match (dtype.code, dtype.bits) {
+        (2, 16) => u32::from(negative) << 15 | ((exponent + 15) as u32) << 10 | fraction << 3,
+        (4, 16) => u32::from(negative) << 15 | ((exponent + 127) as u32) << 7 | fraction,
+        _ => u32::from(negative) << 31 | ((exponent + 127) as u32) << 23 | fraction << 16,
     }
 }
 

@@ -1,6 +1,6 @@
 //! A mover without a plan: one element after another, from the first source that has it. It tests the oracle.
 
-use super::model::Case;
+use super::model::{Case, item};
 use super::truth::Memory;
 use reshard::abi::{RS_SOURCE, RS_TARGET};
 
@@ -26,7 +26,8 @@ pub fn move_all(case: &Case, memories: &mut [Memory], slip: Slip) {
         for tile in rank.tiles_of(RS_SOURCE) {
             let (item, start) = (case.tensors[tile.tensor].item(), memories[r].start(rank, tile.buffer));
             for (e, byte) in tile.elements(item) {
-                homes[tile.tensor][e].get_or_insert_with(|| memories[r].bytes()[start + byte..start + byte + item].to_vec());
+                let value = || case.tensors[tile.tensor].arrived(&memories[r].bytes()[start + byte..start + byte + item]);
+                homes[tile.tensor][e].get_or_insert_with(value);
             }
         }
     }
@@ -34,7 +35,7 @@ pub fn move_all(case: &Case, memories: &mut [Memory], slip: Slip) {
     for (r, rank) in case.ranks.iter().enumerate() {
         for tile in rank.tiles_of(RS_TARGET) {
             let start = memories[r].start(rank, tile.buffer);
-            let elements = tile.elements(case.tensors[tile.tensor].item());
+            let elements = tile.elements(item(rank.buffers[tile.buffer].dtype));
             moves.extend(elements.into_iter().map(|(e, byte)| (r, start + byte, tile.tensor, e)));
         }
     }

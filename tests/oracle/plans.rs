@@ -1,7 +1,7 @@
 //! Checks what the library says about its plan against counts made element by element.
 
 use super::library::Container;
-use super::model::Case;
+use super::model::{Case, item};
 use super::truth::{held, lower_bound};
 use reshard::abi::{RS_SOURCE, RS_TARGET};
 use serde_json::Value;
@@ -81,7 +81,7 @@ fn shared_bytes(case: &Case, rank: usize) -> u64 {
     let owner = &case.ranks[rank];
     let places = |role: u32| {
         owner.tiles_of(role).flat_map(move |tile| {
-            let (buffer, item) = (&owner.buffers[tile.buffer], case.tensors[tile.tensor].item());
+            let (buffer, item) = (&owner.buffers[tile.buffer], item(owner.buffers[tile.buffer].dtype));
             tile.elements(item).into_iter().map(move |(e, byte)| ((buffer.block, buffer.at + byte), (tile.tensor, e)))
         })
     };

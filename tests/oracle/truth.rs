@@ -1,6 +1,6 @@
 //! What must be: memory full of poison, the values of the sources in it, and, element by element, what a sync may change.
 
-use super::model::{Case, Rank, mix};
+use super::model::{Case, Rank, item, mix};
 use reshard::abi::{RS_SOURCE, RS_TARGET};
 
 /// Who has and who wants each element of each tensor.
@@ -94,10 +94,10 @@ impl Memory {
 pub fn write(case: &Case, rank: usize, role: u32, only: &[bool], version: u64, memory: &Memory, image: &mut [u8]) {
     let rank = &case.ranks[rank];
     for tile in rank.tiles_of(role).filter(|t| only[t.tensor]) {
-        let (tensor, start) = (&case.tensors[tile.tensor], memory.start(rank, tile.buffer));
-        let item = tensor.item();
+        let (tensor, start, buffer) = (&case.tensors[tile.tensor], memory.start(rank, tile.buffer), &rank.buffers[tile.buffer]);
+        let item = item(buffer.dtype);
         for (e, byte) in tile.elements(item) {
-            tensor.value(e, version, &mut image[start + byte..start + byte + item]);
+            tensor.value(e, version, buffer.role, &mut image[start + byte..start + byte + item]);
         }
     }
 }
@@ -115,8 +115,8 @@ pub fn compare(case: &Case, rank: usize, memory: &Memory, expected: &[u8]) -> Re
             text += &format!("; byte {} of buffer {}", byte - start, buffer.name);
             for tile in owner.tiles.iter().filter(|t| t.buffer == b) {
                 let tensor = &case.tensors[tile.tensor];
-                let hit =
-                    tile.elements(tensor.item()).into_iter().find(|(_, at)| (*at..at + tensor.item()).contains(&(byte - start)));
+                let item = item(buffer.dtype);
+                let hit = tile.elements(item).into_iter().find(|(_, at)| (*at..at + item).contains(&(byte - start)));
                 if let Some((e, _)) = hit {
                     text += &format!("; element {e} of {}", tensor.name);
                 }

@@ -41,7 +41,9 @@ fn own_flaw(case: &Case, rank: &Rank) -> Option<String> {
             let tensor = &case.tensors[tile.tensor];
             let inside = (0..tile.view.len())
                 .all(|j| tile.origin[j] >= 0 && tile.extent[j] > 0 && tile.origin[j] + tile.extent[j] <= tile.view[j]);
-            let fits = tile.view.iter().product::<i64>() as usize == tensor.len() && tensor.dtype == buffer.dtype && inside;
+            let fits = tile.view.iter().product::<i64>() as usize == tensor.len()
+                && tensor.dtype_as(buffer.role) == buffer.dtype
+                && inside;
             if !fits || !nests(&tile.extent, &tile.stride) {
                 return Some(format!("a tile of {} in {} is none", tensor.name, buffer.name));
             }

@@ -91,7 +91,7 @@ impl Builder<'_> {
     fn tensor(&mut self, name: String, shape: &[i64]) -> usize {
         let tensors = &mut self.case.tensors;
         *self.known.entry(name.clone()).or_insert_with(|| {
-            tensors.push(Tensor { name, shape: shape.to_vec(), dtype: BF16, seed: 0 });
+            tensors.push(Tensor { name, shape: shape.to_vec(), dtype: BF16, target: BF16, transform: 0, seed: 0 });
             tensors.len() - 1
         })
     }

@@ -49,7 +49,7 @@ unsafe extern "C" fn copy(ctx: *mut c_void, copies: *const rs_copy_t, count: usi
     // SAFETY: as above; the rows' memory is the test's.
     unsafe {
         for row in std::slice::from_raw_parts(copies, count) {
-            assert!(row.rank as usize <= RS_MAX_COPY_RANK && row.reserved == 0);
+            assert!(row.rank as usize <= RS_MAX_COPY_RANK && row.transform == 0 && row.src_dtype.bits == 0);
             copy_row(row, 0, row.src.cast(), row.dst.cast());
         }
         caller(ctx).ask(format!("copy {count} on {}", stream.addr()))
@@ -100,6 +100,8 @@ fn ops(caller: &Caller) -> rs_device_t {
         release: Some(release),
         device_type: 12,
         device_id: 3,
+        flags: 0,
+        reserved: 0,
         alloc: Some(alloc),
         free: Some(free),
         copy: Some(copy),
@@ -222,7 +224,7 @@ fn copies_of_any_rank() {
         let mut src: Vec<u8> = (0..n + 3).map(|i| (i * 7 % 251) as u8).collect();
         let mut dst = vec![0u8; n + 5];
         let axes = (0..rank).map(|i| CopyAxis { extent: 2, src: 1 << i, dst: 1 << (rank - 1 - i) }).collect();
-        let shape = StridedCopy { src: 3, dst: 5, item: 1, run: 1, axes };
+        let shape = StridedCopy { src: 3, dst: 5, item: 1, run: 1, axes, convert: None };
         let job = Job::new(mem(&mut src), mem(&mut dst), &shape).unwrap();
         device.copy(&[job], 9).unwrap();
         assert_eq!(caller.asked(), [format!("copy {rows} on 9")]);
@@ -238,11 +240,37 @@ fn many_rows_come_in_batches() {
     let caller = Caller::new();
     let device = device(ops(&caller)).unwrap();
     let (mut src, mut dst) = (vec![5u8; 2500], vec![0u8; 2500]);
-    let shapes: Vec<StridedCopy> = (0..2500).map(|i| StridedCopy { src: i, dst: i, item: 1, run: 1, axes: smallvec![] }).collect();
+    let shapes: Vec<StridedCopy> =
+        (0..2500).map(|i| StridedCopy { src: i, dst: i, item: 1, run: 1, axes: smallvec![], convert: None }).collect();
     let (src, dst) = (mem(&mut src), mem(&mut dst));
     let jobs: Vec<Job<'_>> = shapes.iter().map(|s| Job::new(src, dst, s).unwrap()).collect();
     device.copy(&jobs, 0).unwrap();
     assert_eq!(caller.asked(), ["copy 1024 on 0", "copy 1024 on 0", "copy 452 on 0"]);
     device.copy(&[], 0).unwrap();
     assert!(caller.asked().is_empty(), "nothing to copy, nothing asked");
+}
+
+#[test]
+fn a_row_says_what_becomes_of_its_elements() {
+    let convert = Convert { from: Float::F32, to: Float::Bf16, add: -1 };
+    let shape = StridedCopy::converting(4, Some(convert), 0, 0, [(3, 5, 4), (4, 1, 1)]);
+    let (mut src, mut dst) = ([0u8; 100], [0u8; 100]);
+    let job = Job::new(mem(&mut src), mem(&mut dst), &shape).unwrap();
+    let mut rows = vec![];
+    for_each_row(&job, |r| {
+        rows.push(r);
+        Ok(())
+    })
+    .unwrap();
+    let [r] = rows[..] else { panic!("one row") };
+    assert_eq!((r.run_bytes, r.rank, r.extent[0], r.src_stride[0], r.dst_stride[0]), (16, 1, 3, 20, 8));
+    assert_eq!((r.src_dtype.code, r.src_dtype.bits, r.dst_dtype.code, r.dst_dtype.bits), (2, 32, 4, 16));
+    assert_eq!(r.transform, RS_TRANSFORM_MINUS_ONE);
+    let caller = Caller::new();
+    assert!(!device(ops(&caller)).unwrap().converts());
+    assert!(device(rs_device_t { flags: RS_DEVICE_CONVERTS, ..ops(&caller) }).unwrap().converts());
+    for wrong in [rs_device_t { flags: 2, ..ops(&caller) }, rs_device_t { reserved: 1, ..ops(&caller) }] {
+        let e = device(wrong).err().expect("refused");
+        assert!(e.status() == RS_ERR_INVALID && e.text().contains("flags"), "{e}");
+    }
 }
