@@ -69,6 +69,8 @@ pub struct Record {
     pub binding: u64,
     /// Digest of its world spec; 0: it is described by tables.
     pub spec: u64,
+    /// What turned out of the spec when its parameters were bound.
+    pub variants: [u64; 2],
 }
 
 impl Record {
@@ -89,8 +91,8 @@ impl Record {
             self.table_digest,
             self.binding,
             self.spec,
-            0,
-            0,
+            self.variants[0],
+            self.variants[1],
             0,
             0,
             0,
@@ -134,6 +136,7 @@ impl Record {
             table_digest: w[8],
             binding: w[9],
             spec: w[10],
+            variants: [w[11], w[12]],
         };
         if (record.rank, record.world) != (rank, world) {
             bail!(
@@ -431,6 +434,7 @@ mod tests {
             table_digest: 11,
             binding: 12,
             spec: 13,
+            variants: [14, 15],
         };
         let bytes = r.encode();
         assert_eq!(bytes.len(), Record::LEN);

@@ -10,8 +10,11 @@ use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
 use crate::plan::rounds::{LEAST_MESSAGE, message_size};
 use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
+use crate::preset::variant::Variants;
+use crate::preset::world::World;
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -29,6 +32,8 @@ pub(super) struct Connected {
     pub ordinals: Vec<u32>,
     /// Names of the source buffers that we receive from: (rank, row) -> name. Empty with a world spec, which knows them.
     pub names: BTreeMap<(u32, u32), String>,
+    /// The spec's, with all variants.
+    pub world: Option<Arc<World>>,
     /// Equal on all ranks.
     pub digest: u64,
     /// Bytes of a message.
@@ -119,6 +124,7 @@ impl Container {
             table_digest: if own.is_some() { Table::head(&blob)?.1 } else { 0 },
             binding: self.binding,
             spec: self.spec.as_ref().map_or(0, |s| s.world.spec.digest),
+            variants: self.spec.as_ref().map_or([0; 2], |s| s.world.variants.words()),
         };
         let all = comm.allgather(&record.encode(), deadline).map_err(|e| give_up(comm, e))?;
         let records: Vec<Record> = (0..world)
@@ -131,7 +137,7 @@ impl Container {
         let begun = Instant::now();
         let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device }).collect();
         let planned = self.movable(comm).and_then(|()| match (&self.spec, tables) {
-            (Some(spec), _) => Planned::of_spec(me, &places, spec),
+            (Some(spec), _) => agreed(me, &records, spec).and_then(|world| Planned::of_spec(me, &places, world, spec)),
             (None, Some(tables)) => Planned::of_tables(me, &places, tables?),
             (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
@@ -153,13 +159,14 @@ impl Container {
             );
         }
         let mut hashed: Vec<u8> = [planned.union.digest, message].iter().flat_map(|v| v.to_le_bytes()).collect();
-        hashed.extend(records.iter().flat_map(|r| r.table_digest.to_le_bytes()));
-        let Planned { union, plan, ordinals, names } = planned;
+        hashed.extend(records.iter().flat_map(|r| [r.table_digest, r.variants[0], r.variants[1]]).flat_map(u64::to_le_bytes));
+        let Planned { union, plan, ordinals, names, world } = planned;
         let mut out = Connected {
             union,
             plan,
             ordinals,
             names,
+            world,
             digest: xxh3_64(&hashed),
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
@@ -322,6 +329,7 @@ struct Planned {
     plan: Plan,
     ordinals: Vec<u32>,
     names: BTreeMap<(u32, u32), String>,
+    world: Option<Arc<World>>,
 }
 
 impl Planned {
@@ -339,21 +347,41 @@ impl Planned {
                 names.entry((peer.rank, row)).or_insert_with(|| tables[peer.rank as usize].buffers[row as usize].name.clone());
             }
         }
-        Ok(Planned { union, plan, ordinals, names })
+        Ok(Planned { union, plan, ordinals, names, world: None })
     }
 
-    fn of_spec(me: u32, places: &[Place], spec: &FromSpec) -> Result<Planned> {
-        let world = &spec.world;
+    fn of_spec(me: u32, places: &[Place], world: Arc<World>, spec: &FromSpec) -> Result<Planned> {
         if spec.rank != me {
             bail!(RS_ERR_MISMATCH, "its preset was created for rank {}, its communicator says rank {me}", spec.rank);
         }
         if world.ranks() as usize > places.len() {
             bail!(RS_ERR_MISMATCH, "the spec has ranks up to {}, the communicator has {} ranks", world.ranks() - 1, places.len());
         }
-        let plan = closed::plan(me, places, world)?;
+        let plan = closed::plan(me, places, &world)?;
         let union = Union::new(world.tensors(), world.spec.digest);
-        Ok(Planned { union, plan, ordinals: spec.ordinals.clone(), names: BTreeMap::new() })
+        Ok(Planned { union, plan, ordinals: spec.ordinals.clone(), names: BTreeMap::new(), world: Some(world) })
     }
+}
+
+/// The world with all that any rank has found out of it. An error if this rank's parameters lie otherwise.
+fn agreed(me: u32, records: &[Record], spec: &FromSpec) -> Result<Arc<World>> {
+    let own = &spec.world;
+    let left = &own.spec.left;
+    let all = records.iter().map(|r| (r.rank, Variants::from_words(r.variants)));
+    let variants = Variants::of_all(all, [&left[0], &left[1]])?;
+    if variants == own.variants {
+        return Ok(own.clone());
+    }
+    let world = Arc::new(own.with(variants)?);
+    if let Some((name, [bound, wanted])) = own.differs(&world, me) {
+        bail!(
+            RS_ERR_MISMATCH,
+            "parameter '{name}' of rank {me} has shape {bound:?}; other ranks have bound theirs as with {} and {}, which makes it {wanted:?}",
+            variants.shown(0, &left[0]),
+            variants.shown(1, &left[1])
+        );
+    }
+    Ok(world)
 }
 
 /// All ranks are described by one spec, or none is. All see the same records, so all come to the same end.

@@ -95,7 +95,7 @@ impl Container {
         for peer in &c.plan.peers {
             for p in peer.into.iter().filter(|p| rows.contains(&p.dst.buffer)) {
                 let known = || c.names.get(&(peer.rank, p.src.buffer)).cloned();
-                let from = self.spec.as_ref().map_or_else(known, |s| s.world.param_name(0, peer.rank, p.src.buffer));
+                let from = c.world.as_ref().map_or_else(known, |w| w.param_name(0, peer.rank, p.src.buffer));
                 add(&mut boxes, p, union(p), "from", peer.rank, from.as_deref(), "wire");
             }
             for p in peer.out.iter().filter(|p| rows.contains(&p.src.buffer)) {

@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use super::cut::Cut;
+use super::model::names;
 use super::side::{Param, Slot};
 use super::world::World;
 use crate::abi::*;
-use crate::error::{Result, bail};
+use crate::error::{Error, Result, bail};
 use crate::layout::{BufferRow, TensorRow, TileRow};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -38,6 +39,7 @@ struct Memory {
 }
 
 /// A parameter as the caller binds it.
+#[derive(Clone)]
 pub struct Bind<'a> {
     /// The framework's name.
     pub name: &'a str,
@@ -59,6 +61,24 @@ pub struct Bind<'a> {
     pub shape: Vec<i64>,
     /// Strides in elements; `None`: dense.
     pub strides: Option<Vec<i64>>,
+}
+
+impl Bind<'_> {
+    /// A dense tensor whose axes were permuted, as transposing does, with its axes in the order of memory.
+    fn densely(&self) -> Self {
+        let mut out = self.clone();
+        let Some(strides) = self.strides.as_ref().filter(|s| s.len() == self.shape.len()) else { return out };
+        if (0..strides.len()).all(|i| self.shape[i] == 1 || strides[i] == dense(&self.shape)[i]) {
+            return out;
+        }
+        let mut order: Vec<usize> = (0..strides.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(if self.shape[i] > 1 { strides[i] } else { i64::MAX }));
+        let shape: Vec<i64> = order.iter().map(|&i| self.shape[i]).collect();
+        if (0..order.len()).all(|i| shape[i] == 1 || strides[order[i]] == dense(&shape)[i]) {
+            (out.shape, out.strides) = (shape, None);
+        }
+        out
+    }
 }
 
 /// One rank's tables, as rows.
@@ -136,8 +156,71 @@ impl Preset {
         self.rank
     }
 
-    /// Gives a parameter its memory, or other memory than it had.
+    /// Gives a parameter its memory, or other memory than it had. One that does not fit may tell what the spec left open.
     pub fn bind(&mut self, b: &Bind<'_>) -> Result<()> {
+        let b = &b.densely();
+        let Err(first) = self.bind_as_is(b) else { return Ok(()) };
+        let mut tried = vec![];
+        for side in (0..2).filter(|&s| b.role & ROLES[s] != 0) {
+            if let Some(mut other) = self.resolved(side, b, &mut tried)? {
+                other.bind_as_is(b)?;
+                *self = other;
+                return Ok(());
+            }
+        }
+        if tried.is_empty() {
+            return Err(first);
+        }
+        Err(Error::new(first.status(), format!("{}; nor does it fit {}", first.text(), tried.join(", or "))))
+    }
+
+    /// This preset with a variant of the spec that has the parameter as it is bound; what was tried goes into `tried`.
+    fn resolved(&self, side: usize, b: &Bind<'_>, tried: &mut Vec<String>) -> Result<Option<Preset>> {
+        let left = &self.world.spec.left[side];
+        for variants in self.world.variants.others(side, left, self.rows_of_vocab(side, b)) {
+            // What a model or another member forbids is no variant.
+            let Ok(world) = self.world.with(variants) else { continue };
+            let mut other = Preset::new(Arc::new(world), self.rank);
+            let Some(at) = other.find(side, b) else { continue };
+            if other.check(&other.expected[at], b).is_err() {
+                let shape = &other.expected[at].shape;
+                // Most members decide about other parameters.
+                if self.find(side, b).is_none_or(|at| self.expected[at].shape != *shape) {
+                    tried.push(format!("{}: shape {shape:?}", variants.shown(side, left)));
+                }
+                continue;
+            }
+            for (key, &at) in &self.index {
+                let Some(memory) = self.expected[at].memory else { continue };
+                let (old, new) = (&self.expected[at], other.index.get(key).map(|&at| &mut other.expected[at]));
+                match new.filter(|n| (&n.shape, n.dtype, n.used) == (&old.shape, old.dtype, old.used)) {
+                    Some(new) => new.memory = Some(memory),
+                    None => bail!(
+                        RS_ERR_LAYOUT,
+                        "{} '{}' has shape {:?} and fits the spec with {}, with which '{}', bound before, does not fit",
+                        ROLE_NAMES[side],
+                        b.name,
+                        b.shape,
+                        variants.shown(side, left),
+                        old.name
+                    ),
+                }
+            }
+            return Ok(Some(other));
+        }
+        Ok(None)
+    }
+
+    /// Rows of the whole padded vocabulary, if the parameter is a shard of it.
+    fn rows_of_vocab(&self, side: usize, b: &Bind<'_>) -> Option<u64> {
+        let expected = &self.expected[self.find(side, b)?];
+        // One may be all padding, or a second copy.
+        let of_vocab = expected.tensors.is_empty() || expected.tensors.iter().any(|t| t == names::EMBED || t == names::HEAD);
+        let rows = b.shape.first().and_then(|&n| u64::try_from(n).ok()).filter(|_| of_vocab)?;
+        rows.checked_mul(self.world.sides()[side].parts.meshes[0].shards())
+    }
+
+    fn bind_as_is(&mut self, b: &Bind<'_>) -> Result<()> {
         if b.role == 0 || b.role & !(RS_SOURCE | RS_TARGET) != 0 {
             bail!(RS_ERR_INVALID, "role is {}, it must be RS_SOURCE (1), RS_TARGET (2) or both (3)", b.role);
         }

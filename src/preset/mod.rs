@@ -4,7 +4,7 @@
 //! [`spec`] reads the JSON. [`model`] turns the Hugging Face config ([`config`]) into *kinds* of logical tensors; all layers of a type have the same. Each
 //! framework ([`megatron`], [`vllm`], [`hf`]) says what a [`side`] looks like: which ranks ([`mesh`]) hold which layers, under which
 //! names, and which boxes of which kinds ([`cut`], [`shard`], [`experts`]) a shard of them holds. [`world`] puts both sides together for a planner, [`bind`]
-//! gives a rank's parameters their memory.
+//! gives a rank's parameters their memory, and from them finds out what the spec left open ([`variant`]).
 //!
 //! The only place that knows models, frameworks and parallelisms. Must not know plans, devices or communicators.
 #![forbid(unsafe_code)]
@@ -21,5 +21,6 @@ pub mod pipeline;
 pub mod shard;
 pub mod side;
 pub mod spec;
+pub mod variant;
 pub mod vllm;
 pub mod world;

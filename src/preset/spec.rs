@@ -5,6 +5,7 @@
 
 use super::model::{self, Model};
 use super::side::Side;
+use super::variant::{Left, Variants};
 use super::{hf, megatron, vllm};
 use crate::abi::*;
 use crate::error::{Error, Result, bail, err};
@@ -58,15 +59,20 @@ pub struct Spec {
     pub links: Option<Links>,
     /// Patterns of names that bind accepts and leaves out.
     pub ignore: Vec<String>,
+    /// What each side leaves open.
+    pub left: [Left; 2],
     /// Equal for specs that mean the same.
     pub digest: u64,
 }
 
 impl Spec {
-    /// Errors name the member.
-    pub fn new(text: &str) -> Result<Spec> {
+    /// With what has turned out of it. Errors name the member.
+    pub fn new(text: &str, variants: &Variants) -> Result<Spec> {
         let Strict(value) = serde_json::from_str(text).map_err(|e| err!(RS_ERR_INVALID, "the spec is not valid JSON: {e}"))?;
-        let text: Text = take("spec", value)?;
+        let mut text: Text = take("spec", value)?;
+        let left = [&mut text.source, &mut text.target].map(|side| Left::new(framework(side).unwrap_or_default(), side));
+        variants.apply(0, &left[0], &mut text.source);
+        variants.apply(1, &left[1], &mut text.target);
         let model = Model::new(&text.model)?;
         let source = side("source", &model, text.source, false)?;
         let mut target = side("target", &model, text.target, true)?;
@@ -89,6 +95,7 @@ impl Spec {
             ranks_per_host: text.ranks_per_host,
             links: text.link_gb_per_s,
             ignore: text.ignore,
+            left,
             // 0 stands for tables.
             digest: xxh3_64(&meaning).max(1),
         })
@@ -96,10 +103,10 @@ impl Spec {
 }
 
 fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) -> Result<Side> {
-    let framework = match text.remove("framework") {
-        Some(Value::String(name)) => name,
-        _ => bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\""),
+    let Some(framework) = framework(&text).map(str::to_string) else {
+        bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\"");
     };
+    text.remove("framework");
     let text = Value::Object(text);
     let parts = match framework.as_str() {
         "megatron" => megatron::parts(model, &take(label, text)?, target),
@@ -108,6 +115,10 @@ fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) 
         other => bail!(RS_ERR_UNSUPPORTED, "{label}.framework is \"{other}\"; there are \"megatron\", \"vllm\" and \"hf\""),
     };
     parts.and_then(|p| Side::new(model, label, p)).map_err(|e: Error| e.context(label))
+}
+
+fn framework(side: &Map<String, Value>) -> Option<&str> {
+    side.get("framework")?.as_str()
 }
 
 /// A value as a struct; errors name the member.

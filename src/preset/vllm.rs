@@ -46,6 +46,12 @@ pub struct Options {
     /// Vocabularies are padded to a multiple of it.
     #[serde(default = "padding")]
     vocab_padding_size: u64,
+    /// Rows of the padded vocabulary, whatever gave it.
+    #[serde(default)]
+    padded_vocab_size: Option<u64>,
+    /// vllm-ascend's: shared experts whole on each rank. Default: as vLLM has them.
+    #[serde(default)]
+    enable_shared_expert_dp: Option<bool>,
     #[serde(default)]
     dtype: Option<String>,
 }
@@ -76,11 +82,19 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
         ("expert_placement_strategy", o.expert_placement_strategy.is_some()),
         ("physical_to_logical_map", o.physical_to_logical_map.is_some()),
         ("expert_storage", o.expert_storage.is_some()),
+        ("enable_shared_expert_dp", o.enable_shared_expert_dp.is_some()),
     ];
     for_experts(model, &given)?;
-    let padded = model.vocab.next_multiple_of(size("vocab_padding_size", o.vocab_padding_size)?);
+    let padded = match o.padded_vocab_size {
+        Some(padded) => size("padded_vocab_size", padded)?,
+        None => model.vocab.next_multiple_of(size("vocab_padding_size", o.vocab_padding_size)?),
+    };
+    if padded < model.vocab {
+        bail!(RS_ERR_INVALID, "padded_vocab_size {padded} is less than vocab_size {}", model.vocab);
+    }
     // Sequence-parallel experts: DeepSeek's shared ones are then whole on each rank.
-    let whole = o.enable_expert_parallel && tp > 1 && dp > 1 && model.architecture.starts_with("Deepseek");
+    let sequence_parallel = o.enable_expert_parallel && tp > 1 && dp > 1;
+    let whole = o.enable_shared_expert_dp.unwrap_or(sequence_parallel && model.architecture.starts_with("Deepseek"));
     check(model, padded, whole, tp)?;
     let oss = model.moe.as_ref().is_some_and(|m| m.fused);
     let embedding = if oss { "model.embedding.weight" } else { names::EMBED };

@@ -7,6 +7,7 @@
 use super::model::{Id, Model, Part};
 use super::side::{Param, Side};
 use super::spec::Spec;
+use super::variant::Variants;
 use crate::error::Result;
 use crate::geom::Pattern;
 use crate::layout::Tensor;
@@ -15,8 +16,11 @@ use std::collections::BTreeSet;
 
 /// A whole job: model, trainer, engine.
 pub struct World {
-    /// As the caller gave it.
+    /// As the caller gave it, with the variants.
     pub spec: Spec,
+    /// What has turned out of it.
+    pub variants: Variants,
+    text: String,
 }
 
 /// Stage and section.
@@ -55,7 +59,31 @@ pub struct Hold<'w> {
 impl World {
     /// From a spec's JSON.
     pub fn new(text: &str) -> Result<World> {
-        Ok(World { spec: Spec::new(text)? })
+        let variants = Variants::default();
+        Ok(World { spec: Spec::new(text, &variants)?, variants, text: text.to_string() })
+    }
+
+    /// The same spec with other variants. It is the same job: the digest stays.
+    pub fn with(&self, variants: Variants) -> Result<World> {
+        let spec = Spec { digest: self.spec.digest, ..Spec::new(&self.text, &variants)? };
+        Ok(World { spec, variants, text: self.text.clone() })
+    }
+
+    /// The first parameter of a rank that is another one in `other`, by name, with both shapes.
+    pub fn differs(&self, other: &World, rank: u32) -> Option<(String, [Vec<u64>; 2])> {
+        let of = |world: &World, side: usize| -> Vec<(String, u32, Param)> {
+            let params = world.sides()[side].params(rank);
+            params.map(|(slot, p)| (format!("{}{}", slot.prefix, p.name), slot.chunk, p.clone())).collect()
+        };
+        let same = |a: &Param, b: &Param| (&a.shape, &a.cuts, a.dtype, a.transform) == (&b.shape, &b.cuts, b.dtype, b.transform);
+        (0..2).find_map(|side| {
+            let (a, b) = (of(self, side), of(other, side));
+            let first = (0..a.len().max(b.len()))
+                .find(|&i| !matches!((a.get(i), b.get(i)), (Some(a), Some(b)) if (&a.0, a.1) == (&b.0, b.1) && same(&a.2, &b.2)))?;
+            let name = a.get(first).or(b.get(first)).map(|p| p.0.clone())?;
+            let shape = |list: &[(String, u32, Param)]| list.iter().find(|p| p.0 == name).map_or(vec![], |p| p.2.shape.clone());
+            Some((name.clone(), [shape(&a), shape(&b)]))
+        })
     }
 
     /// Source and target.

@@ -1,0 +1,209 @@
+//! What a spec may leave open: members that decide how a parameter lies, and that the parameter itself answers when it is bound.
+//!
+//! A framework's release, backend or patch may store a tensor in one of a few ways. Where the spec gives the member that says which, it
+//! holds; where it does not, the default does until a parameter is bound whose name, shape or dtype fits another value. A variant is
+//! thus nothing but a member of the spec given later. Ranks tell each other their variants when they connect.
+#![forbid(unsafe_code)]
+
+use crate::abi::RS_ERR_MISMATCH;
+use crate::error::{Result, bail};
+use serde_json::{Map, Value};
+
+/// A value of a member.
+#[derive(Clone, Copy, Debug)]
+enum Choice {
+    Flag(bool),
+    Text(&'static str),
+}
+
+/// A member that may be left open, with the values that it can turn out to have.
+#[derive(Debug)]
+pub struct Open {
+    /// The member, then others that decide the same.
+    members: &'static [&'static str],
+    choices: &'static [Choice],
+}
+
+use Choice::{Flag, Text};
+
+/// By place: the byte of [`Variants`].
+const MEGATRON: &[Open] = &[
+    Open { members: &["mla_down_proj_cut"], choices: &[Flag(false), Flag(true)] },
+    Open { members: &["mla_weights"], choices: &[Text("core"), Text("mindspeed"), Text("mindspeed_qb")] },
+    Open { members: &["mla_mm_split"], choices: &[Flag(false), Flag(true)] },
+];
+
+const VLLM: &[Open] = &[
+    Open { members: &["enable_shared_expert_dp"], choices: &[Flag(false), Flag(true)] },
+    Open { members: &["expert_storage"], choices: &[Text("stacked"), Text("stacked_transposed")] },
+];
+
+/// Members that give the padded size of the vocabulary, the first as a number of rows.
+const VOCAB: &[&str] = &["padded_vocab_size", "make_vocab_size_divisible_by", "vocab_padding_size"];
+
+/// Bytes of a side; the last four are the padded vocabulary.
+const SIDE: usize = 8;
+const ROWS: usize = 4;
+
+/// What has turned out, by side: a byte for each member, 0 or the place of its value from 1 on; then rows of the padded vocabulary, or 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Variants([[u8; SIDE]; 2]);
+
+/// Members that a side of a spec leaves open.
+#[derive(Clone, Copy, Debug)]
+pub struct Left {
+    open: &'static [Open],
+    /// Whether each is, by place.
+    left: [bool; ROWS],
+    vocab: bool,
+}
+
+impl Left {
+    /// By the members that are given.
+    pub fn new(framework: &str, given: &Map<String, Value>) -> Left {
+        let open = match framework {
+            "megatron" => MEGATRON,
+            "vllm" => VLLM,
+            _ => &[],
+        };
+        let is_open = |members: &[&str]| !members.iter().any(|m| given.contains_key(*m));
+        let mut left = [false; ROWS];
+        open.iter().zip(&mut left).for_each(|(o, left)| *left = is_open(o.members));
+        Left { open, left, vocab: !open.is_empty() && is_open(VOCAB) }
+    }
+}
+
+impl Variants {
+    /// As two words.
+    pub fn words(self) -> [u64; 2] {
+        self.0.map(u64::from_le_bytes)
+    }
+
+    /// From two words.
+    pub fn from_words(words: [u64; 2]) -> Variants {
+        Variants(words.map(u64::to_le_bytes))
+    }
+
+    /// Members that have turned out, for a side.
+    fn members(&self, side: usize, left: &Left) -> Vec<(&'static str, Value)> {
+        let bytes = self.0[side];
+        let mut out = vec![];
+        for (open, code) in left.open.iter().zip(bytes) {
+            if let Some(choice) = usize::from(code).checked_sub(1).and_then(|at| open.choices.get(at)) {
+                let value = match choice {
+                    Flag(flag) => Value::from(*flag),
+                    Text(text) => Value::from(*text),
+                };
+                out.push((open.members[0], value));
+            }
+        }
+        if self.rows(side) > 0 {
+            out.push((VOCAB[0], Value::from(self.rows(side))));
+        }
+        out
+    }
+
+    fn rows(&self, side: usize) -> u32 {
+        let b = &self.0[side][ROWS..];
+        u32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+
+    /// Gives a side what has turned out.
+    pub fn apply(&self, side: usize, left: &Left, text: &mut Map<String, Value>) {
+        text.extend(self.members(side, left).into_iter().map(|(member, value)| (member.to_string(), value)));
+    }
+
+    /// The members of a side, in words.
+    pub fn shown(&self, side: usize, left: &Left) -> String {
+        let list: Vec<String> = self.members(side, left).into_iter().map(|(member, value)| format!("{member} {value}")).collect();
+        list.join(", ")
+    }
+
+    /// All that differ from these in one member of a side that has not turned out yet; `rows`: of a padded vocabulary.
+    pub fn others(&self, side: usize, left: &Left, rows: Option<u64>) -> Vec<Variants> {
+        let mut out = vec![];
+        for (at, open) in left.open.iter().enumerate() {
+            if left.left[at] && self.0[side][at] == 0 {
+                out.extend((1..).take(open.choices.len()).map(|code| {
+                    let mut other = *self;
+                    other.0[side][at] = code;
+                    other
+                }));
+            }
+        }
+        if let Some(rows) = rows.and_then(|r| u32::try_from(r).ok()).filter(|_| left.vocab && self.rows(side) == 0) {
+            let mut other = *self;
+            other.0[side][ROWS..].copy_from_slice(&rows.to_le_bytes());
+            out.push(other);
+        }
+        out
+    }
+
+    /// What has turned out on any rank. Two ranks that disagree are an error.
+    pub fn of_all(all: impl Iterator<Item = (u32, Variants)>, left: [&Left; 2]) -> Result<Variants> {
+        let mut out = Variants::default();
+        let mut by = [[0; SIDE]; 2];
+        for (rank, found) in all {
+            for side in [0, 1] {
+                // Byte by byte, but for the rows.
+                for at in (0..=ROWS).filter(|&at| found.0[side][at..Self::end(at)].iter().any(|&b| b != 0)) {
+                    let place = at..Self::end(at);
+                    if out.0[side][place.clone()].iter().any(|&b| b != 0)
+                        && out.0[side][place.clone()] != found.0[side][place.clone()]
+                    {
+                        bail!(
+                            RS_ERR_MISMATCH,
+                            "ranks {} and {rank} have bound {} parameters that lie in two ways, the first as with {}, the other as with {}",
+                            by[side][at],
+                            ["source", "target"][side],
+                            out.shown(side, left[side]),
+                            found.shown(side, left[side])
+                        );
+                    }
+                    out.0[side][place.clone()].copy_from_slice(&found.0[side][place]);
+                    by[side][at] = rank;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    fn end(at: usize) -> usize {
+        if at == ROWS { SIDE } else { at + 1 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_that_are_given_do_not_turn_out_otherwise() {
+        let given = serde_json::json!({"mla_weights": "core", "make_vocab_size_divisible_by": 8});
+        let left = Left::new("megatron", given.as_object().unwrap());
+        let others = Variants::default().others(0, &left, Some(128));
+        let shown: Vec<String> = others.iter().map(|v| v.shown(0, &left)).collect();
+        assert_eq!(shown, ["mla_down_proj_cut false", "mla_down_proj_cut true", "mla_mm_split false", "mla_mm_split true"]);
+        assert!(Variants::default().others(0, &Left::new("hf", &Map::new()), Some(8)).is_empty());
+        let open = Left::new("vllm", &Map::new());
+        let rows = Variants::default().others(1, &open, Some(70_000)).pop().unwrap();
+        assert_eq!(rows.shown(1, &open), "padded_vocab_size 70000");
+        assert!(rows.others(1, &open, Some(4)).iter().all(|v| v.rows(1) == 70_000), "it has turned out");
+        assert_eq!(Variants::from_words(rows.words()), rows);
+    }
+
+    #[test]
+    fn ranks_must_agree() {
+        let left = Left::new("vllm", &Map::new());
+        let all = Variants::default().others(1, &left, Some(128));
+        let (cut, stacked, rows) = (all[0], all[2], all[4]);
+        let none = Variants::default();
+        let union = Variants::of_all([(0, none), (1, cut), (2, stacked), (3, rows), (4, cut)].into_iter(), [&left; 2]).unwrap();
+        assert_eq!(union.shown(1, &left), "enable_shared_expert_dp false, expert_storage \"stacked\", padded_vocab_size 128");
+        let e = Variants::of_all([(0, none), (3, cut), (7, all[1])].into_iter(), [&left; 2]).unwrap_err();
+        let words = ["ranks 3 and 7", "target", "enable_shared_expert_dp false", "enable_shared_expert_dp true"];
+        words.iter().for_each(|w| assert!(e.text().contains(w), "{e}"));
+        let more = Variants::default().others(1, &left, Some(256)).pop().unwrap();
+        assert!(Variants::of_all([(0, rows), (1, more)].into_iter(), [&left; 2]).unwrap_err().text().contains("256"));
+    }
+}
