@@ -118,7 +118,7 @@ def oracle_vectors():
         same(oracle.expert_slots(setting, experts, ranks, 0), expected, setting)
     for framework, ranks, experts, setting, name, expected in SHARDS:
         spec = shard_spec(framework, ranks, experts, setting)
-        model, got = oracle.Model(spec["model"]), []
+        model, got = oracle.model_of(spec), []
         for rank in range(1, 1 + ranks):
             (param,) = (p for p in oracle.params(spec, "target", rank, model) if p.name.endswith(f"layers.0.{name}"))
             got.append(labels(model, param))

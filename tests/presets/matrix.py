@@ -78,7 +78,7 @@ def rank_main(name, rank, world, text):
     from worlds import reshard
 
     spec = json.loads(text)
-    mine = worlds.Rank(spec, rank, oracle.Model(spec["model"]))
+    mine = worlds.Rank(spec, rank, oracle.model_of(spec))
     preset = mine.make_preset()
     comm = reshard.LocalComm(name, rank, world)
     container = reshard.Container(preset, comm, f"rank {rank}", worlds.TIMEOUT_MS)
