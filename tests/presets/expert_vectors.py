@@ -74,6 +74,10 @@ def deepseek(q_lora, shared, first, mlp):
     }
 
 
+def glm(first, mlp, qk_norm):
+    return {"first_k_dense_replace": first, "intermediate_size": mlp, "use_qk_norm": qk_norm, "attention_bias": True, "n_shared_experts": 1}
+
+
 # Sizes and number of parameters of published models: hidden, layers, heads, kv heads, experts, their width, vocabulary.
 TOTALS = [
     ("Qwen3Moe",   2048, 48, 32, 4,  128, 768,  151936, {}, 30_532_122_624),
@@ -86,6 +90,8 @@ TOTALS = [
     ("DeepseekV3", 7168, 61, 128, 128, 256, 2048, 129280, deepseek(1536, 1, 3, 18432), 671_026_419_200),
     ("DeepseekV3", 7168, 61, 64, 64, 384, 2048, 163840, deepseek(1536, 1, 1, 18432), 1_026_408_232_448),
     ("DeepseekV3", 2048, 27, 16, 16, 64,  1408, 163840, deepseek(None, 2, 1, 11264), 15_960_110_208),
+    ("Glm4Moe",    5120, 92, 96, 8,  160, 1536, 151552, glm(3, 12288, True), 352_797_829_024),
+    ("Glm4Moe",    4096, 46, 96, 8,  128, 1408, 151552, glm(1, 10944, False), 106_852_251_264),
 ]  # fmt: skip
 
 

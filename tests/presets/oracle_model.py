@@ -1,6 +1,7 @@
 """The Hugging Face tensors of a config, and a rank's parameter made of them: the ground of the oracle (oracle.py)."""
 
 import functools
+import math
 
 import numpy as np
 from oracle_tensors import NORMS, Tensors, Vision
@@ -84,7 +85,7 @@ class Model(Tensors):
         self._read_experts(config)
         self.held = {role: Held(self, dict(sides).get(role, {})) for role in ("source", "target")}
         self.shapes = dict(self.all_shapes())
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
         self.elements = int(ends[-1])
         self._first = dict(zip(self.shapes, [0, *ends[:-1].tolist()]))
 
@@ -124,7 +125,7 @@ class Model(Tensors):
     def __getitem__(self, name):
         shape = self.shapes[name]
         first = self._first[name]
-        return np.arange(first, first + int(np.prod(shape))).reshape(shape)
+        return np.arange(first, first + math.prod(shape)).reshape(shape)
 
     def added(self, name):
         """What a target has more than a source."""
@@ -136,18 +137,18 @@ class Model(Tensors):
         source, target = self.held["source"], self.held["target"]
         changes = any(source.dtype_of(name) != target.dtype_of(name) or self.added(name) for name in self.shapes)
         make = wild if changes else plain
-        return np.concatenate([make(name, int(np.prod(shape)), source.dtype_of(name)) for name, shape in self.shapes.items()])
+        return np.concatenate([make(name, math.prod(shape), source.dtype_of(name)) for name, shape in self.shapes.items()])
 
     @functools.cached_property
     def sizes(self):
         """The size of every element in bytes, as a source holds it, for so it travels."""
         sizes = [self.held["source"].dtype_of(name)[1] // 8 for name in self.shapes]
-        return np.repeat(sizes, [int(np.prod(shape)) for shape in self.shapes.values()])
+        return np.repeat(sizes, [math.prod(shape) for shape in self.shapes.values()])
 
     def name_in(self, name, elements):
         """Whether some of them are of this tensor."""
         first = self._first[name]
-        return bool(((elements >= first) & (elements < first + int(np.prod(self.shapes[name])))).any())
+        return bool(((elements >= first) & (elements < first + math.prod(self.shapes[name]))).any())
 
     def name_of(self, element):
         return max((first, name) for name, first in self._first.items() if first <= element)[1]
