@@ -81,19 +81,56 @@ PRESENT = [
         ("0 lm_head.weight 1 model.layers.2.enorm.weight 1 model.layers.2.shared_head.head.weight 1 model.layers.2.mtp_block.mlp.gate.weight",
          "0 model.embed_tokens.weight 1 model.embed_tokens.weight 0 model.layers.2.enorm.weight")]),
 ]  # fmt: skip
+# Model, source and target that do not fit, or that one of them forbids.
+HF, MM = (None, {}), {"vision_names": "mindspeed_mm"}
+REFUSED = [
+    (MLA, (M, {}), (V, {"mtp_drafter": True})),
+    (MLA, (V, {}), (M, MTP)),
+    (MLA, HF, (M, {"mtp_num_layers": 2})),
+    ({**MLA, "num_nextn_predict_layers": 2}, (M, MTP), (V, {"mtp_drafter": True})),
+    ({**MLA, "num_nextn_predict_layers": 2}, (M, {"mtp_num_layers": 2}), (M, MTP)),
+    ({**MLA, "num_nextn_predict_layers": 0}, HF, (V, {"mtp_drafter": True})),
+    (NEXT, HF, (M, MTP)),
+    (MLA, (V, {DERIVED: "copies"}), HF),
+    (NEXT, HF, (V, {DERIVED: "copies"})),
+    (MLA, HF, (M, {"layernorm_zero_centered_gamma": True, "transformer_impl": "local"})),
+    (MLA, HF, (M, {"moe_single_grouped_weight": True})),
+    (MLA, HF, (M, {"moe_single_grouped_weight": True, "moe_grouped_gemm": True, "transformer_impl": "local"})),
+    ({**MLA, "q_lora_rank": None}, HF, (M, {FUSION: True})),
+    (NEXT, HF, (M, {FUSION: True})),
+    ({**NEXT, "full_attention_interval": 4}, HF, HF),
+    ({**NEXT, "layer_types": ["linear_attention"]}, HF, HF),
+    (NEXT, HF, (M, MM)),
+    (VISION, HF, (M, {"vision_num_layer_list": "1"})),
+    (VISION, HF, (M, {**MM, "vision_num_layer_list": "2"})),
+    (VISION, HF, (M, {**MM, PP: 2, "vision_num_layer_list": "1"})),
+    ({**VISION, "vision_config": {**VISION["vision_config"], "intermediate_size": 3}}, HF, (M, {TP: 2})),
+    ({**VISION, "vision_config": {**VISION["vision_config"], "intermediate_size": 3}}, HF, (V, {V_TP: 2})),
+]  # fmt: skip
 
 
 def same(got, expected, *what):
     assert got == expected, f"{what}: {got} instead of {expected}"
 
 
-def spec_of(model, framework, setting):
+def side(framework, setting, first):
+    if not framework:
+        return {"framework": "hf", "ranks": [first]}
     ranks = 1
     for member in (TP, PP, V_TP, V_PP):
         ranks *= setting.get(member, 1)
     padding = {"vocab_padding_size": 4} if framework == V else {"make_vocab_size_divisible_by": 1}
-    target = {"framework": framework, "ranks": list(range(1, 1 + ranks)), **padding, **setting}
-    return {"model": model, "source": {"framework": "hf", "ranks": [0]}, "target": target}, ranks
+    return {"framework": framework, "ranks": list(range(first, first + ranks)), **padding, **setting}
+
+
+def spec_of(model, framework, setting):
+    target = side(framework, setting, 1)
+    return {"model": model, "source": side(*HF, 0), "target": target}, len(target["ranks"])
+
+
+def refused_specs():
+    for model, source, target in REFUSED:
+        yield {"model": model, "source": side(*source, 0), "target": side(*target, 4)}
 
 
 def labels(model):
@@ -128,7 +165,14 @@ def oracle_vectors():
                 words = names.split()
                 for chunk, name in zip(words[::2], words[1::2]):
                     same(f"{chunk} {name}" in held, expected, framework, setting, rank, name)
-    return len(SHARDS) + len(PRESENT)
+    for spec in refused_specs():
+        try:
+            for role in ("source", "target"):
+                oracle.params(spec, role, spec[role]["ranks"][0])
+        except oracle.Refused:
+            continue
+        raise AssertionError(f"not refused: {spec}")
+    return len(SHARDS) + len(PRESENT) + len(REFUSED)
 
 
 def library_vectors():
@@ -137,7 +181,13 @@ def library_vectors():
     for config, framework, setting, *_ in SHARDS + PRESENT:
         spec, ranks = spec_of(config, framework, setting)
         worlds.run(spec, 1 + ranks)
-    return len(SHARDS) + len(PRESENT)
+    for spec in refused_specs():
+        try:
+            worlds.reshard.Preset(spec, 0).close()
+        except worlds.reshard.Error:
+            continue
+        raise AssertionError(f"not refused: {spec}")
+    return len(SHARDS) + len(PRESENT) + len(REFUSED)
 
 
 def main():

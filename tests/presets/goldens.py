@@ -186,6 +186,13 @@ def megatron_settings(config):
         (8, {tp: 2, pp: 2, vpp: 2, EP: 2, "transformer_impl": "local"}),
         (8, {tp: 2, pp: 2, "context_parallel_size": 2, "use_tp_pp_dp_mapping": True, EP: 2, GROUPED: True}),
         (2, {pp: 2, "pipeline_model_parallel_layout": "Et|tt|t|L", GROUPED: True}),
+        (4, {EP: 2, ETP: 2, GROUPED: True, "moe_single_grouped_weight": True}),
+        (2, {tp: 2, "mla_down_proj_fusion": True}),
+        (2, {tp: 2, "mla_down_proj_fusion": True, "mla_down_proj_cut": True}),
+        (2, {pp: 2, "mtp_num_layers": 1}),  # which nobody reads
+        (2, {tp: 2, "vision_names": "mindspeed_mm"}),
+        (2, {pp: 2, "vision_names": "mindspeed_mm", "vision_num_layer_list": "0,4"}),
+        (4, {tp: 2, pp: 2, "vision_names": "megatron_bridge"}),
     ]
     for ranks, setting in settings:
         side = {"framework": "megatron", "ranks": list(range(ranks)), **setting}

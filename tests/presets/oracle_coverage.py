@@ -1,6 +1,6 @@
 """The oracle alone: on both sides of random worlds every element of every tensor is held as often as the sizes of the world say.
 
-RESHARD_WORLDS: how many worlds (500). RESHARD_SEED: the first seed (1).
+RESHARD_WORLDS: how many worlds (200). RESHARD_SEED: the first seed (1).
 """
 
 import json
@@ -107,7 +107,7 @@ def check(spec, world):
 
 
 def main():
-    first, count = int(os.environ.get("RESHARD_SEED", 1)), int(os.environ.get("RESHARD_WORLDS", 500))
+    first, count = int(os.environ.get("RESHARD_SEED", 1)), int(os.environ.get("RESHARD_WORLDS", 200))
     tensors = 0
     for seed in range(first, first + count):
         spec, world = random_spec(random.Random(seed))

@@ -8,6 +8,7 @@ from random_models import DTYPES, random_model
 
 MOST_RANKS = 12  # of one side
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+WITH_EXPERTS = (*EXPERTS, "DeepseekV3", "DeepseekV3", "Glm4Moe")
 DENSE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen2_5_VL")
 TPS = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8)
 
@@ -163,7 +164,7 @@ def megatron_side(rng, wish, model, role):
 def random_vision(rng, side, model, pp, vpp):
     if names := rng.choice([None, "mbridge", "mindspeed_mm", "mindspeed_mm", "megatron_bridge"]):
         side["vision_names"] = names
-    if names == "mindspeed_mm" and not vpp and rng.random() < 0.7:
+    if names == "mindspeed_mm" and not vpp and rng.random() < 0.9:
         side["vision_num_layer_list"] = as_list(rng, cut(rng, model.vision.depth, pp, 0))
 
 
@@ -197,7 +198,7 @@ def vllm_side(rng, wish, model, role):
             side["expert_storage"] = rng.choice(["stacked", "stacked_swapped", "stacked_transposed"])
         if model.shared and model.family in ("DeepseekV2", "DeepseekV3", "Qwen3Next") and rng.random() < 0.3:
             side["enable_shared_expert_dp"] = rng.random() < 0.8
-    if model.mla and role == "target" and rng.random() < 0.4:
+    if model.mla and role == "target" and rng.random() < 0.6:
         side["mla_derived_weights"] = "copies"
     if model.mla and model.q_lora and rng.random() < 0.3:
         side["fused_qkv_a_proj"] = rng.random() < 0.3
@@ -270,7 +271,7 @@ def attempt(rng, wishes, same):
         ranks = pick_ranks(rng, count, taken)
         taken = taken or ranks
         side["ranks"] = written(rng, ranks)
-        if casts or rng.random() < 0.2:
+        if rng.random() < (0.8 if casts else 0.2):
             side["params_dtype" if side["framework"] == "megatron" else "dtype"] = rng.choice(DTYPES) if casts else dtype
         spec[role] = side
     if made[0][0].get("framework") == made[1][0].get("framework") and rng.random() < 0.3 and made[0][1] == made[1][1]:
@@ -294,7 +295,7 @@ def attempt(rng, wishes, same):
 
 def random_spec(rng):
     while True:
-        family = rng.choice(rng.choice([DENSE, list(EXPERTS), list(EXPERTS)]))
+        family = rng.choice(rng.choice([DENSE, WITH_EXPERTS, WITH_EXPERTS]))
         wishes, same = [wish(rng, family), wish(rng, family)], rng.random() < 0.2
         for _ in range(100):
             if found := attempt(rng, wishes, same):
