@@ -75,6 +75,9 @@ PRESENT = [
     (MLA, M, {**MTP}, [(f"0 {E} 0 {H} 0 {N} 0 {INNER}", "")]),
     (TWO, M, {PP: 2, **MTP}, [(f"0 {E}", f"0 {H} 0 {N}"), (f"0 {E} 0 {H} 0 {N} 0 {INNER}", "")]),
     (TWO, M, {PP: 2}, [(f"0 {E}", ""), (f"0 {H}", f"0 {E} 0 {N}")]),
+    ({**NEXT, "num_hidden_layers": 2}, V, {V_PP: 2}, [
+        ("0 model.embed_tokens.weight 0 lm_head.weight", "0 model.norm.weight"),
+        ("0 model.embed_tokens.weight 0 lm_head.weight 0 model.norm.weight", "0 model.layers.0.input_layernorm.weight")]),
     (TIED, M, {PP: 2, **MTP}, [(f"0 {E}", f"0 {H}"), (f"0 {E} 0 {H} 0 {N}", "")]),
     (TWO, V, {V_PP: 2, "mtp_drafter": True}, [
         ("0 model.embed_tokens.weight", "1 model.layers.2.enorm.weight 0 lm_head.weight"),

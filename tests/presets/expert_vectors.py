@@ -40,6 +40,7 @@ G, U = "g0.00 g0.01 g0.10 g0.11", "u0.00 u0.01 u0.10 u0.11"
 G1, U1 = G.replace("g0", "g1"), U.replace("u0", "u1")
 TURNED = "g0.00 g0.10 u0.00 u0.10 g0.01 g0.11 u0.01 u0.11"  # input by output, gate and up in a row
 GROUPED, SEQUENTIAL = {"moe_grouped_gemm": True}, {}
+SINGLE = {**GROUPED, "moe_single_grouped_weight": True}
 LEGACY = {"moe_use_legacy_grouped_gemm": True}
 E, M13, M2 = "mlp.experts.", "mlp.experts.routed_experts.w13_weight", "mlp.experts.routed_experts.w2_weight"
 SHARDS = [
@@ -47,6 +48,9 @@ SHARDS = [
     ("megatron", 2, 1, {TP: 2, **GROUPED}, E + "linear_fc1.weight0", "g0.00 g0.01 u0.00 u0.01 ; g0.10 g0.11 u0.10 u0.11"),
     ("megatron", 2, 1, {TP: 2, **GROUPED}, E + "linear_fc2.weight0", "d0.00 d0.10 ; d0.01 d0.11"),
     ("megatron", 2, 2, {EP: 2, **GROUPED}, E + "linear_fc1.weight0", f"{G} {U} ; {G1} {U1}"),
+    ("megatron", 1, 2, SINGLE, E + "linear_fc1.weight", f"{G} {U} {G1} {U1}"),
+    ("megatron", 2, 1, {ETP: 2, **SINGLE}, E + "linear_fc1.weight", "g0.00 g0.01 u0.00 u0.01 ; g0.10 g0.11 u0.10 u0.11"),
+    ("megatron", 2, 2, {ETP: 2, **SINGLE}, E + "linear_fc2.weight", "d0.00 d0.10 d1.00 d1.10 ; d0.01 d0.11 d1.01 d1.11"),
     ("megatron", 1, 1, LEGACY, E + "weight1", TURNED),
     ("megatron", 1, 2, LEGACY, E + "weight1", f"{TURNED} {TURNED.replace('0.', '1.')}"),
     ("megatron", 1, 1, LEGACY, E + "weight2", "d0.00 d0.10 d0.01 d0.11"),

@@ -1,6 +1,7 @@
 """Worked examples of values: casts, and norms that hold one less than Hugging Face's. Of the oracle alone, in numpy alone."""
 
 import numpy as np
+import oracle
 from oracle_values import BF16, EXPONENTS, FP16, FP32, converted, from_float32, is_nan, to_float32, wild
 
 # Bits of one type, one added or less, bits of another.
@@ -98,8 +99,76 @@ def check_wild():
     return 3
 
 
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 2, "intermediate_size": 4, "vocab_size": 4,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0}
+GLM = {**MODEL, "architectures": ["Glm4MoeForCausalLM"], **EXPERTS}
+NEXT = {
+    **MODEL, "architectures": ["Qwen3NextForCausalLM"], "full_attention_interval": 1, "num_experts": 4, "moe_intermediate_size": 4,
+    "shared_expert_intermediate_size": 4,
+}  # fmt: skip
+HF, VLLM, MEGATRON = ({"framework": name} for name in ("hf", "vllm", "megatron"))
+CENTRED = {**MEGATRON, "layernorm_zero_centered_gamma": True}
+NORM, M_NORM = "model.layers.0.input_layernorm.weight", "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+Q_NORM, M_Q_NORM = "model.layers.0.self_attn.q_norm.weight", "decoder.layers.0.self_attention.q_layernorm.weight"
+LINEAR, M_LINEAR = "model.layers.0.self_attn.o_proj.weight", "decoder.layers.0.self_attention.linear_proj.weight"
+GATE, M_GATE = "model.layers.0.mlp.gate.weight", "decoder.layers.0.mlp.router.weight"
+BIAS, M_BIAS = "model.layers.0.mlp.gate.e_score_correction_bias", "decoder.layers.0.mlp.router.expert_bias"
+# Model, source, target, a name of each, what the target has more, the element types of the source's memory and of the target's.
+HELD = [
+    (MODEL, HF, VLLM, NORM, NORM, 0, BF16, BF16),
+    (MODEL, HF, CENTRED, NORM, M_NORM, -1, BF16, BF16),
+    (MODEL, HF, CENTRED, Q_NORM, M_Q_NORM, -1, BF16, BF16),
+    (MODEL, CENTRED, VLLM, M_NORM, NORM, 1, BF16, BF16),
+    (MODEL, CENTRED, MEGATRON, M_NORM, M_NORM, 1, BF16, BF16),
+    (MODEL, CENTRED, CENTRED, M_NORM, M_NORM, 0, BF16, BF16),
+    (MODEL, CENTRED, VLLM, M_LINEAR, LINEAR, 0, BF16, BF16),
+    (MODEL, {**CENTRED, "params_dtype": "float32"}, {**VLLM, "dtype": "float16"}, M_NORM, NORM, 1, FP32, FP16),
+    (MODEL, {**CENTRED, "params_dtype": "float32"}, VLLM, M_LINEAR, LINEAR, 0, FP32, BF16),
+    (MODEL, {**HF, "dtype": "float16"}, {**CENTRED, "params_dtype": "float32"}, NORM, M_NORM, -1, FP16, FP32),
+    (NEXT, HF, CENTRED, NORM, M_NORM, 0, BF16, BF16),
+    (NEXT, CENTRED, {**VLLM, "dtype": "float16"}, M_NORM, NORM, 0, BF16, FP16),
+    (GLM, MEGATRON, VLLM, M_GATE, GATE, 0, BF16, FP32),
+    (GLM, VLLM, {**MEGATRON, "params_dtype": "float16"}, GATE, M_GATE, 0, FP32, FP16),
+    (GLM, VLLM, HF, GATE, GATE, 0, FP32, BF16),
+    (GLM, VLLM, VLLM, GATE, GATE, 0, FP32, FP32),
+    (GLM, {**MEGATRON, "params_dtype": "float16"}, VLLM, M_BIAS, BIAS, 0, FP32, FP32),
+    (NEXT, HF, VLLM, GATE, GATE, 0, BF16, BF16),
+]  # fmt: skip
+
+
+def numbers(bits, dtype):
+    """As numpy has them, which reads and rounds float16 itself."""
+    if dtype == FP16:
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(0 if dtype == FP32 else 16)).view(np.float32)
+
+
+def check_held():
+    """Memory of both sides of a world on one rank: the target's is as near to the source's, and what is added, as its type allows."""
+    for model, source, target, from_name, to_name, added, held, wanted in HELD:
+        spec = {"model": model, "source": {**source, "ranks": [0]}, "target": {**target, "ranks": [0]}}
+        made, what = oracle.model_of(spec), (source, target, to_name)
+        sides = {"source": from_name, "target": to_name}
+        ours, theirs = (next(p for p in oracle.params(spec, role, 0, made) if p.name == name) for role, name in sides.items())
+        assert (ours.dtype, theirs.dtype) == (held, wanted), (what, ours.dtype, theirs.dtype)
+        assert theirs.changes == bool(added or held != wanted) and not ours.changes, what
+        before, after = (numbers(p.data(0), p.dtype).astype(np.float64) for p in (ours, theirs))
+        with np.errstate(invalid="ignore"):
+            exact = before + added
+        looked = np.isfinite(exact) & (np.abs(exact) < 60000) & (np.abs(exact) > 2.0**-13)
+        error = np.abs(after[looked] - exact[looked]) / np.abs(exact[looked])
+        assert looked.sum() >= min(before.size, 48) // 2, (what, looked.sum())
+        assert error.max() <= 2.0**-8 + 2.0**-22 if wanted == BF16 else error.max() <= 2.0**-11 + 2.0**-22, (what, error.max())
+        if not theirs.changes:
+            assert (ours.data(0) == theirs.data(0)).all(), what
+    return len(HELD)
+
+
 def main():
-    print(f"value vectors: {check_examples()} examples, {check_against_numpy() + check_wild()} checks of all values")
+    print(f"value vectors: {check_examples() + check_held()} examples, {check_against_numpy() + check_wild()} checks of all values")
 
 
 if __name__ == "__main__":
