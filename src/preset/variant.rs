@@ -34,7 +34,7 @@ const MEGATRON: &[Open] = &[
 ];
 
 const VLLM: &[Open] = &[
-    Open { members: &["enable_shared_expert_dp"], choices: &[Flag(false), Flag(true)] },
+    Open { members: &["shared_experts"], choices: &[Text("cut"), Text("whole")] },
     Open { members: &["expert_storage"], choices: &[Text("stacked"), Text("stacked_transposed")] },
 ];
 
@@ -199,9 +199,9 @@ mod tests {
         let (cut, stacked, rows) = (all[0], all[2], all[4]);
         let none = Variants::default();
         let union = Variants::of_all([(0, none), (1, cut), (2, stacked), (3, rows), (4, cut)].into_iter(), [&left; 2]).unwrap();
-        assert_eq!(union.shown(1, &left), "enable_shared_expert_dp false, expert_storage \"stacked\", padded_vocab_size 128");
+        assert_eq!(union.shown(1, &left), "shared_experts \"cut\", expert_storage \"stacked\", padded_vocab_size 128");
         let e = Variants::of_all([(0, none), (3, cut), (7, all[1])].into_iter(), [&left; 2]).unwrap_err();
-        let words = ["ranks 3 and 7", "target", "enable_shared_expert_dp false", "enable_shared_expert_dp true"];
+        let words = ["ranks 3 and 7", "target", "shared_experts \"cut\"", "shared_experts \"whole\""];
         words.iter().for_each(|w| assert!(e.text().contains(w), "{e}"));
         let more = Variants::default().others(1, &left, Some(256)).pop().unwrap();
         assert!(Variants::of_all([(0, rows), (1, more)].into_iter(), [&left; 2]).unwrap_err().text().contains("256"));

@@ -49,9 +49,9 @@ pub struct Options {
     /// Rows of the padded vocabulary, whatever gave it.
     #[serde(default)]
     padded_vocab_size: Option<u64>,
-    /// vllm-ascend's: shared experts whole on each rank. Default: as vLLM has them.
+    /// Default: as vLLM has them. vllm-ascend's enable_shared_expert_dp makes them whole.
     #[serde(default)]
-    enable_shared_expert_dp: Option<bool>,
+    shared_experts: Option<Shared>,
     #[serde(default)]
     dtype: Option<String>,
 }
@@ -63,6 +63,14 @@ enum Strategy {
     #[default]
     Linear,
     RoundRobin,
+}
+
+/// Whether tensor parallelism cuts shared experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Shared {
+    Cut,
+    Whole,
 }
 
 fn padding() -> u64 {
@@ -82,7 +90,7 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
         ("expert_placement_strategy", o.expert_placement_strategy.is_some()),
         ("physical_to_logical_map", o.physical_to_logical_map.is_some()),
         ("expert_storage", o.expert_storage.is_some()),
-        ("enable_shared_expert_dp", o.enable_shared_expert_dp.is_some()),
+        ("shared_experts", o.shared_experts.is_some()),
     ];
     for_experts(model, &given)?;
     let padded = match o.padded_vocab_size {
@@ -94,7 +102,11 @@ pub fn parts(model: &Model, o: &Options) -> Result<Parts> {
     }
     // Sequence-parallel experts: DeepSeek's shared ones are then whole on each rank.
     let sequence_parallel = o.enable_expert_parallel && tp > 1 && dp > 1;
-    let whole = o.enable_shared_expert_dp.unwrap_or(sequence_parallel && model.architecture.starts_with("Deepseek"));
+    let can_be_whole = model.architecture.starts_with("Deepseek");
+    if o.shared_experts.is_some() && !can_be_whole {
+        bail!(RS_ERR_UNSUPPORTED, "shared_experts: those of {} are always cut", model.architecture);
+    }
+    let whole = o.shared_experts.map_or(sequence_parallel && can_be_whole, |s| s == Shared::Whole);
     check(model, padded, whole, tp)?;
     let oss = model.moe.as_ref().is_some_and(|m| m.fused);
     let embedding = if oss { "model.embedding.weight" } else { names::EMBED };

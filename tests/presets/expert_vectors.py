@@ -40,6 +40,7 @@ G, U = "g0.00 g0.01 g0.10 g0.11", "u0.00 u0.01 u0.10 u0.11"
 G1, U1 = G.replace("g0", "g1"), U.replace("u0", "u1")
 TURNED = "g0.00 g0.10 u0.00 u0.10 g0.01 g0.11 u0.01 u0.11"  # input by output, gate and up in a row
 GROUPED, SEQUENTIAL = {"moe_grouped_gemm": True}, {}
+SINGLE = {**GROUPED, "moe_single_grouped_weight": True}
 LEGACY = {"moe_use_legacy_grouped_gemm": True}
 E, M13, M2 = "mlp.experts.", "mlp.experts.routed_experts.w13_weight", "mlp.experts.routed_experts.w2_weight"
 SHARDS = [
@@ -47,6 +48,9 @@ SHARDS = [
     ("megatron", 2, 1, {TP: 2, **GROUPED}, E + "linear_fc1.weight0", "g0.00 g0.01 u0.00 u0.01 ; g0.10 g0.11 u0.10 u0.11"),
     ("megatron", 2, 1, {TP: 2, **GROUPED}, E + "linear_fc2.weight0", "d0.00 d0.10 ; d0.01 d0.11"),
     ("megatron", 2, 2, {EP: 2, **GROUPED}, E + "linear_fc1.weight0", f"{G} {U} ; {G1} {U1}"),
+    ("megatron", 1, 2, SINGLE, E + "linear_fc1.weight", f"{G} {U} {G1} {U1}"),
+    ("megatron", 2, 1, {ETP: 2, **SINGLE}, E + "linear_fc1.weight", "g0.00 g0.01 u0.00 u0.01 ; g0.10 g0.11 u0.10 u0.11"),
+    ("megatron", 2, 2, {ETP: 2, **SINGLE}, E + "linear_fc2.weight", "d0.00 d0.10 d1.00 d1.10 ; d0.01 d0.11 d1.01 d1.11"),
     ("megatron", 1, 1, LEGACY, E + "weight1", TURNED),
     ("megatron", 1, 2, LEGACY, E + "weight1", f"{TURNED} {TURNED.replace('0.', '1.')}"),
     ("megatron", 1, 1, LEGACY, E + "weight2", "d0.00 d0.10 d0.01 d0.11"),
@@ -74,6 +78,10 @@ def deepseek(q_lora, shared, first, mlp):
     }
 
 
+def glm(first, mlp, qk_norm):
+    return {"first_k_dense_replace": first, "intermediate_size": mlp, "use_qk_norm": qk_norm, "attention_bias": True, "n_shared_experts": 1}
+
+
 # Sizes and number of parameters of published models: hidden, layers, heads, kv heads, experts, their width, vocabulary.
 TOTALS = [
     ("Qwen3Moe",   2048, 48, 32, 4,  128, 768,  151936, {}, 30_532_122_624),
@@ -86,6 +94,8 @@ TOTALS = [
     ("DeepseekV3", 7168, 61, 128, 128, 256, 2048, 129280, deepseek(1536, 1, 3, 18432), 671_026_419_200),
     ("DeepseekV3", 7168, 61, 64, 64, 384, 2048, 163840, deepseek(1536, 1, 1, 18432), 1_026_408_232_448),
     ("DeepseekV3", 2048, 27, 16, 16, 64,  1408, 163840, deepseek(None, 2, 1, 11264), 15_960_110_208),
+    ("Glm4Moe",    5120, 92, 96, 8,  160, 1536, 151552, glm(3, 12288, True), 352_797_829_024),
+    ("Glm4Moe",    4096, 46, 96, 8,  128, 1408, 151552, glm(1, 10944, False), 106_852_251_264),
 ]  # fmt: skip
 
 
@@ -118,7 +128,7 @@ def oracle_vectors():
         same(oracle.expert_slots(setting, experts, ranks, 0), expected, setting)
     for framework, ranks, experts, setting, name, expected in SHARDS:
         spec = shard_spec(framework, ranks, experts, setting)
-        model, got = oracle.Model(spec["model"]), []
+        model, got = oracle.model_of(spec), []
         for rank in range(1, 1 + ranks):
             (param,) = (p for p in oracle.params(spec, "target", rank, model) if p.name.endswith(f"layers.0.{name}"))
             got.append(labels(model, param))

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 
-PARTS = ("goldens", "vectors", "expert_vectors", "refusals", "published", "changes", "mindspeed", "gpt_oss", "variants", "matrix", "random_worlds")
+ORACLE = ("goldens", "vectors", "expert_vectors", "attention_vectors", "vision_vectors", "value_vectors", "oracle_coverage")
+PARTS = (*ORACLE, "refusals", "published", "changes", "mindspeed", "gpt_oss", "variants", "matrix", "random_worlds")
 
 
 def main():
@@ -17,7 +18,7 @@ def main():
     for name in names:
         if name not in PARTS:
             sys.exit(f"no part '{name}'; there are {', '.join(PARTS)}")
-        if "--oracle" in sys.argv and name not in ("goldens", "vectors", "expert_vectors"):
+        if "--oracle" in sys.argv and name not in ORACLE:
             continue
         began = time.monotonic()
         try:

@@ -2,7 +2,8 @@
 
 Both jobs are on the same ranks, as in Megatron's test. Every dense case runs a second time from the "local" to the TE layer spec; every
 case with experts goes from TEGroupedMLP to SequentialMLP, on as many ranks as each side needs, and to legacy GroupedMLP, with replicas
-on all ranks of the larger side. A process that has not ended in time is a failure, and is ended.
+on all ranks of the larger side. The cases with shared experts run with a gate of theirs, and with the routers' correction biases and a layer for
+multi-token prediction. Last, 16 processes at once, from a trainer to engines. A process that has not ended in time is a failure, and is ended.
 """
 
 import json
@@ -37,6 +38,12 @@ EXPERTS = {
     "moe_intermediate_size": 48,
 }
 SHARED = {**EXPERTS, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 64}
+# Shared experts, a correction bias of the router and a layer for multi-token prediction.
+PREDICTING = {
+    **MODEL, "architectures": ["Glm4MoeForCausalLM"], "head_dim": 4, "n_routed_experts": 4, "moe_intermediate_size": 48, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+MTP = {"mtp_num_layers": 1}
 GROUPED, LEGACY = {"moe_grouped_gemm": True}, {"moe_use_legacy_grouped_gemm": True}
 
 
@@ -57,18 +64,28 @@ def cases():
     spec = {"model": MODEL, "source": side((2, 1), 0, "local"), "target": side((2, 1), 2, "local")}
     yield "TP 2 to TP 2 on other ranks", spec
     te = "transformer_engine"
-    for model, table in ((EXPERTS, EXPERT_CASES), (SHARED, SHARED_CASES)):
+    for model, table, more in ((EXPERTS, EXPERT_CASES, {}), (SHARED, SHARED_CASES, {}), (PREDICTING, SHARED_CASES, MTP)):
         for source, target in table:
             title = f"{model['architectures'][0]}, TP, PP, EP {source} to {target}"
-            spec = {"model": model, "source": side(source, 0, te, **GROUPED), "target": side(target, 0, te)}
+            spec = {"model": model, "source": side(source, 0, te, **GROUPED, **more), "target": side(target, 0, te, **more)}
             yield title, spec
             ranks = max(math.prod(source), math.prod(target))
             spec = {
                 "model": model,
-                "source": side(source, 0, te, ranks, **GROUPED),
-                "target": side(target, 0, te, ranks, **LEGACY),
+                "source": side(source, 0, te, ranks, **GROUPED, **more),
+                "target": side(target, 0, te, ranks, **LEGACY, **more),
             }
             yield f"{title}, legacy", spec
+    # 4 stages of 2 TP ranks, each twice, to 4 ranks of TP with 4 times the data, where every rank has one expert of 16.
+    spec = {
+        "model": {**PREDICTING, "n_routed_experts": 16},
+        "source": side((2, 4, 2), 0, te, 16, **GROUPED, **MTP),
+        "target": {
+            "framework": "vllm", "ranks": "0-15", "tensor_parallel_size": 4, "data_parallel_size": 4, "enable_expert_parallel": True,
+            "mtp_drafter": True,
+        },
+    }  # fmt: skip
+    yield "16 processes", spec
 
 
 def rank_main(name, rank, world, text):
@@ -78,7 +95,7 @@ def rank_main(name, rank, world, text):
     from worlds import reshard
 
     spec = json.loads(text)
-    mine = worlds.Rank(spec, rank, oracle.Model(spec["model"]))
+    mine = worlds.Rank(spec, rank, oracle.model_of(spec))
     preset = mine.make_preset()
     comm = reshard.LocalComm(name, rank, world)
     container = reshard.Container(preset, comm, f"rank {rank}", worlds.TIMEOUT_MS)

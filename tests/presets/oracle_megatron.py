@@ -1,103 +1,16 @@
 """What a Megatron rank holds: a part of the oracle (oracle.py)."""
 
-import re
-
 import numpy as np
-from oracle_model import Param, halves, mlp_names, need, numbers, part, ranks_of, rounded_up, vocabulary
-
-
-def megatron_coordinates(side, own):
-    """tp, cp, dp and pp rank of the framework's rank `own`."""
-    tp, cp = side.get("tensor_model_parallel_size", 1), side.get("context_parallel_size", 1)
-    pp, world = side.get("pipeline_model_parallel_size", 1), len(ranks_of(side))
-    dp = side.get("data_parallel_size", world // (tp * cp * pp))
-    need(tp * cp * pp * dp == world, "ranks")
-    rest = own // (tp * cp)
-    dp_pp = (rest // pp, rest % pp) if side.get("use_tp_pp_dp_mapping") else (rest % dp, rest // dp)
-    return {"tp": own % tp, "cp": own // tp % cp, "dp": dp_pp[0], "pp": dp_pp[1]}
-
-
-def expanded(text):
-    """The entries of a pipeline layout, a string of E, t, m, L each."""
-    text = text.replace(",", "")
-
-    def repeat(match):
-        return match[1] * int(match[2] or 1)
-
-    text = re.sub(r"\(([^()]*)\)(?:\*(\d+))?", repeat, text)
-    return re.sub(r"([EtmL])\*(\d+)", repeat, text).split("|")
-
-
-def megatron_placement(side, layers):
-    """What each (pp, chunk) holds: the layers, None for a no-op; and where embedding and output are."""
-    pp, vpp = side.get("pipeline_model_parallel_size", 1), side.get("virtual_pipeline_model_parallel_size") or 1
-    noops = numbers(side.get("noop_layers"))
-    slots, real = [], iter(range(layers))
-    for slot in range(layers + len(noops)):
-        slots.append(None if slot in noops else next(real, None))
-    need(all(0 <= noop < len(slots) for noop in noops) and len(set(noops)) == len(noops), "noop_layers")
-    total = len(slots)
-
-    if layout := side.get("pipeline_model_parallel_layout"):
-        entries = expanded(layout)
-        need(len(entries) % pp == 0, "pipeline_model_parallel_layout")
-        chunks = len(entries) // pp
-        need(vpp in (1, chunks), "virtual_pipeline_model_parallel_size")
-        held = [[symbol for symbol in entry if symbol == "t"] for entry in entries]
-        need(sum(map(len, held)) == total, "pipeline_model_parallel_layout")
-        at = [(i % pp, i // pp) for i in range(len(entries))]
-        ends = [next((a for a, entry in zip(at, entries) if symbol in entry), None) for symbol in "EL"]
-        need(ends == [(0, 0), (pp - 1, chunks - 1)], "pipeline_model_parallel_layout")
-        sizes = {a: len(h) for a, h in zip(at, held)}
-    else:
-        chunks = vpp
-        need(chunks == 1 or pp > 1, "virtual_pipeline_model_parallel_size")
-        first, last = side.get("num_layers_in_first_pipeline_stage"), side.get("num_layers_in_last_pipeline_stage")
-        emb = int(side.get("account_for_embedding_in_pipeline_split", False))
-        loss = int(side.get("account_for_loss_in_pipeline_split", False))
-        if sizes := numbers(side.get("num_layer_list")):
-            need(len(sizes) == pp and sum(sizes) == total and chunks == 1, "num_layer_list")
-            need(first is last is None and not emb and not loss, "num_layer_list")
-        else:
-            given = {0: first, pp - 1: last}
-            given = {stage: size for stage, size in given.items() if size is not None}
-            need(not given or not (emb or loss), "account_for")
-            need(pp > 1 or not given, "pipeline_model_parallel_size")
-            rest, stages = total + emb + loss - sum(given.values()), pp - len(given)
-            need(rest % stages == 0 if stages else rest == 0, "pipeline_model_parallel_size")
-            even = rest // stages if stages else 0
-            sizes = [given.get(stage, even) for stage in range(pp)]
-            need(min(sizes) > 0, "pipeline_model_parallel_size")
-        need(all(size % chunks == 0 for size in sizes), "virtual_pipeline_model_parallel_size")
-        sizes = {(p, c): sizes[p] // chunks for c in range(chunks) for p in range(pp)}
-        sizes[0, 0] -= emb
-        sizes[pp - 1, chunks - 1] -= loss
-        need(min(sizes.values()) >= 0, "account_for")
-
-    placed, at = {}, 0
-    for c in range(chunks):
-        for p in range(pp):
-            placed[p, c] = slots[at : at + sizes[p, c]]
-            at += sizes[p, c]
-    return placed, (0, 0), (pp - 1, chunks - 1)
-
+from oracle_model import Param, grouped, halves, mlp_names, need, part, rounded_up, vocabulary
+from oracle_placement import expert_coordinates, megatron_coordinates, megatron_placement
+from oracle_vision import MegatronVision, vision_stages
 
 EXPERT_MEMBERS = (
     "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm", "moe_tp_extend_ep",
+    "moe_single_grouped_weight",
 )  # fmt: skip
-
-
-def expert_coordinates(side, own):
-    """Rank `own` holds part "etp" of `etp` of the experts of part "ep" of `ep`."""
-    tp, cp = side.get("tensor_model_parallel_size", 1), side.get("context_parallel_size", 1)
-    pp, ep = side.get("pipeline_model_parallel_size", 1), side.get("expert_model_parallel_size", 1)
-    etp = side.get("expert_tensor_parallel_size") or tp
-    need(len(ranks_of(side)) % (etp * ep * pp) == 0, "ranks")
-    need(not side.get("use_tp_pp_dp_mapping") or etp * ep == tp * cp, "use_tp_pp_dp_mapping")
-    if side.get("moe_tp_extend_ep"):  # MindSpeed: TP ranks have experts of their own
-        need("expert_tensor_parallel_size" not in side, "expert_tensor_parallel_size")
-        return {"etp": 0, "ep": own % (tp * ep)}, 1, tp * ep
-    return {"etp": own % etp, "ep": own // etp % ep}, etp, ep
+# The name of the language model beside a vision tower, by the tower's names.
+LANGUAGE = {"mbridge": "language_model.", "megatron_bridge": "language_model.", "mindspeed_mm": "text_decoder."}
 
 
 def megatron(model, side, own, role):
@@ -108,12 +21,14 @@ class MegatronRank:
     """Adds up the parameters of one rank."""
 
     def __init__(self, model, side, own, role):
-        self.model, self.side, self.params = model, side, []
+        self.model, self.side, self.role, self.params = model, side, role, []
         tp, pp = side.get("tensor_model_parallel_size", 1), side.get("pipeline_model_parallel_size", 1)
         self.te = side.get("transformer_impl", "transformer_engine") == "transformer_engine"
         need(model.heads % tp == 0, "num_attention_heads")
         need(model.mla or model.kv_heads % tp == 0 or tp % model.kv_heads == 0, "num_key_value_heads")
         need(not model.has_dense_mlp or model.mlp % tp == 0, "intermediate_size")
+        need(self.te or not side.get("layernorm_zero_centered_gamma"), "layernorm_zero_centered_gamma")
+        need(not side.get("mla_down_proj_fusion") or (model.mla and model.q_lora), "mla_down_proj_fusion")
         divisor = side.get("make_vocab_size_divisible_by", 128) * tp
         padded = side.get("padded_vocab_size") or rounded_up(model.vocab, divisor)
         need(padded >= model.vocab and padded % tp == 0, "padded_vocab_size")
@@ -121,26 +36,32 @@ class MegatronRank:
         self.tp, self.r, stage = tp, coordinates["tp"], coordinates["pp"]
         self._check_experts(own)
         placed, first, last = megatron_placement(side, model.layers)
+        names, blocks = vision_stages(model, side, len(placed) // pp)
+        self.prefix = LANGUAGE[names] if model.vision else ""
+        predictions = model.mtp if side.get("mtp_num_layers") else 0
 
         for (p, self.chunk), slots in placed.items():
             if p != stage:
                 continue
-            if (p, self.chunk) == first:
-                embedding = "model.embed_tokens.weight"
-                self.add(
-                    "embedding.word_embeddings.weight", vocabulary(model[embedding], padded, tp, self.r), embedding
-                )
-            for local, self.layer in enumerate(slots):
-                if self.layer is not None:
-                    self.ours, self.theirs = f"decoder.layers.{local}.", f"model.layers.{self.layer}."
-                    self.mla() if model.mla else self.attention()
-                    self.experts() if self.layer in model.moe_layers else self.dense_mlp()
-            if (p, self.chunk) == last:
-                self.add("decoder.final_layernorm.weight", model["model.norm.weight"], "model.norm.weight")
+            here = (p, self.chunk)
+            # The copies of the embedding, which the last stage needs, are the trainer's own; as a source the embedding itself is read.
+            copied = predictions > 0 and here == last and p != first[0]
+            if here == first or copied:
+                embedding, name = "model.embed_tokens.weight", self.prefix + "embedding.word_embeddings.weight"
+                self.add(name, vocabulary(model[embedding], padded, tp, self.r), embedding, required=here == first or role == "target")
+            for local, layer in enumerate(slots):
+                if layer is not None:
+                    self.layer(f"{self.prefix}decoder.layers.{local}.", layer)
+            if here == last:
+                self.add(self.prefix + "decoder.final_layernorm.weight", model["model.norm.weight"], "model.norm.weight")
                 if not model.tied or pp > 1:
-                    # The copy of tied embeddings is the trainer's own; as a source the embedding itself is read.
                     head = vocabulary(model[model.head_name], padded, tp, self.r)
-                    self.add("output_layer.weight", head, model.head_name, required=role == "target" or not model.tied)
+                    required = role == "target" or not model.tied
+                    self.add(self.prefix + "output_layer.weight", head, model.head_name, required=required)
+                for k in range(predictions):
+                    self.prediction(f"{self.prefix}mtp.layers.{k}.", model.layers + k)
+            if self.chunk == 0 and model.vision:
+                MegatronVision(self, names, blocks[p]).add()
 
     def _check_experts(self, own):
         model, side = self.model, self.side
@@ -151,9 +72,14 @@ class MegatronRank:
         need(model.experts % self.ep == 0, "experts")
         need(model.expert_mlp % self.etp == 0, "moe_intermediate_size")
         need(model.shared % self.tp == 0, "shared experts")
+        self.grouped = side.get("moe_grouped_gemm", False)
+        legacy = side.get("moe_tp_extend_ep") or side.get("moe_use_legacy_grouped_gemm")
+        self.legacy = legacy or (self.grouped and not self.te)
+        self.single = side.get("moe_single_grouped_weight", False)
+        need(not self.single or (self.grouped and not self.legacy), "moe_single_grouped_weight")
 
     def add(self, name, elements, *sources, required=True):
-        self.params.append(Param(self.model, self.chunk, name, elements, sources, required))
+        self.params.append(Param(self.model, self.role, self.chunk, name, elements, sources, required))
 
     def whole(self, name, source):
         self.add(self.ours + name, self.model[self.theirs + source], self.theirs + source)
@@ -166,6 +92,21 @@ class MegatronRank:
             self.ours + name, part(self.model[self.theirs + source], self.tp, self.r, axis=1), self.theirs + source
         )
 
+    def layer(self, ours, number):
+        """A decoder layer under the name `ours`."""
+        self.ours, self.theirs, self.number = ours, f"model.layers.{number}.", number
+        self.mla() if self.model.mla else self.attention()
+        self.experts() if self.model.has_experts(number) else self.dense_mlp()
+
+    def prediction(self, ours, number):
+        """A layer for multi-token prediction, which has a decoder layer in it."""
+        self.layer(ours + "transformer_layer.", number)
+        self.ours = ours
+        self.whole("enorm.weight", "enorm.weight")
+        self.whole("hnorm.weight", "hnorm.weight")
+        self.rows("eh_proj.weight", "eh_proj.weight")
+        self.whole("final_layernorm.weight", "shared_head.norm.weight")
+
     def attention(self):
         model, layer = self.model, self.theirs
         te, local = "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
@@ -173,10 +114,12 @@ class MegatronRank:
         for kind in ["weight"] + ["bias"] * model.bias:
             # Group by group: its query heads, its key head, its value head. Then equal cuts, wherever they fall.
             names = [f"{layer}self_attn.{x}_proj.{kind}" for x in "qkv"]
-            groups = [model[name].reshape(model.kv_heads, -1, *model.shapes[name][1:]) for name in names]
-            fused = np.concatenate(groups, axis=1)
-            fused = fused.reshape(-1, *fused.shape[2:])
-            shard = part(fused, self.tp, self.r)
+            q, k, v = (model[name] for name in names)
+            parts = [q, k, v]
+            if model.gated:  # every head's rows are those of the query, then those of its gate
+                heads = q.reshape(model.heads, 2, model.head, *q.shape[1:])
+                parts = [heads[:, 0].reshape(-1, *q.shape[1:]), heads[:, 1].reshape(-1, *q.shape[1:]), k, v]
+            shard = part(grouped(parts, model.kv_heads), self.tp, self.r)
             inside = [name for name in names if model.name_in(name, shard)]
             self.add(f"{self.ours}self_attention.linear_qkv.{kind}", shard, *inside)
         if model.norms:
@@ -185,17 +128,27 @@ class MegatronRank:
         self.columns("self_attention.linear_proj.weight", "self_attn.o_proj.weight")
 
     def mla(self):
-        self.whole("input_layernorm.weight", "input_layernorm.weight")
-        down = self.rows if self.side.get("mla_down_proj_cut", not self.te) else self.whole
+        q_a, kv_a = "self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"
+        cut = self.side.get("mla_down_proj_cut", not self.te)
+        fused = self.side.get("mla_down_proj_fusion", False)
+        norm = "self_attention.linear_qkv_down_proj.layer_norm_weight" if fused and self.te else "input_layernorm.weight"
+        self.whole(norm, "input_layernorm.weight")
+        down = self.rows if cut else self.whole
+        if fused:
+            names = [self.theirs + name for name in (q_a, kv_a)]
+            both = [part(self.model[name], self.tp, self.r) if cut else self.model[name] for name in names]
+            self.add(self.ours + "self_attention.linear_qkv_down_proj.weight", np.concatenate(both), *names)
         if self.model.q_lora:
             te, local = "self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"
-            down("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight")
+            if not fused:
+                down("self_attention.linear_q_down_proj.weight", q_a)
             self.whole(te if self.te else local, "self_attn.q_a_layernorm.weight")
             self.rows("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight")
         else:
             self.rows("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight")
         te, local = "self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"
-        down("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")
+        if not fused:
+            down("self_attention.linear_kv_down_proj.weight", kv_a)
         self.whole(te if self.te else local, "self_attn.kv_a_layernorm.weight")
         self.rows("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight")
         self.columns("self_attention.linear_proj.weight", "self_attn.o_proj.weight")
@@ -212,7 +165,7 @@ class MegatronRank:
         self.mlp("mlp", self.theirs + "mlp.")
 
     def experts(self):
-        model, side, layer, ours = self.model, self.side, self.layer, self.ours + "mlp."
+        model, layer, ours = self.model, self.number, self.ours + "mlp."
         self.whole("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")
         router = model.moe(layer) + "gate."
         self.add(ours + "router.weight", model[router + "weight"], router + "weight")
@@ -223,20 +176,19 @@ class MegatronRank:
         mine = [model.expert(layer, e) for e in part(np.arange(model.experts), self.ep, self.expert["ep"])]
         fc1 = [halves(model, gate, up, self.etp, self.expert["etp"]) for gate, up, _ in mine]
         fc2 = [part(model[down], self.etp, self.expert["etp"], axis=1) for _, _, down in mine]
-        grouped = side.get("moe_grouped_gemm", False)
-        if side.get("moe_tp_extend_ep") or side.get("moe_use_legacy_grouped_gemm") or (grouped and not self.te):
+        one, two = [name for names in mine for name in names[:2]], [names[2] for names in mine]
+        if self.legacy:
             # Expert after expert, each as input by output; the shape of weight1 says something else.
-            weight1 = np.stack([w.T for w in fc1]).reshape(model.hidden, -1)
-            weight2 = np.concatenate([w.T for w in fc2])
-            self.add(ours + "experts.weight1", weight1, *(name for names in mine for name in names[:2]))
-            self.add(ours + "experts.weight2", weight2, *(names[2] for names in mine))
+            self.add(ours + "experts.weight1", np.stack([w.T for w in fc1]).reshape(model.hidden, -1), *one)
+            self.add(ours + "experts.weight2", np.concatenate([w.T for w in fc2]), *two)
+        elif self.single:
+            self.add(ours + "experts.linear_fc1.weight", np.stack(fc1), *one)
+            self.add(ours + "experts.linear_fc2.weight", np.stack(fc2), *two)
         else:
-            one, two = "local_experts.{0}.linear_fc1.weight", "local_experts.{0}.linear_fc2.weight"
-            if grouped:
-                one, two = "linear_fc1.weight{0}", "linear_fc2.weight{0}"
+            name = "linear_fc{0}.weight{1}" if self.grouped else "local_experts.{1}.linear_fc{0}.weight"
             for j, (gate, up, down) in enumerate(mine):
-                self.add(ours + "experts." + one.format(j), fc1[j], gate, up)
-                self.add(ours + "experts." + two.format(j), fc2[j], down)
+                self.add(ours + "experts." + name.format(1, j), fc1[j], gate, up)
+                self.add(ours + "experts." + name.format(2, j), fc2[j], down)
 
         if model.shared:
             self.mlp("mlp.shared_experts", model.shared_expert(layer))

@@ -84,7 +84,7 @@ def expert_job(config, ranks, trainer, tp, dp, more):
 
 
 def run(name, spec, ranks):
-    made, sums = worlds.model_of(json.dumps(spec["model"])), {}
+    made, sums = worlds.model_of(json.dumps(spec)), {}
     looked_at = np.linspace(0, ranks - 1, 4, dtype=int).tolist()
     for number in range(ranks):
         preset = reshard.Preset(spec, number)

@@ -33,8 +33,8 @@ CASES = [
     (LLAMA, "megatron", 3, {}, {"padded_vocab_size": 51}),
     (LLAMA, "vllm", 2, VLLM2, {"padded_vocab_size": 50}),
     (LLAMA, "vllm", 4, VLLM2 | {"pipeline_parallel_size": 2}, {"padded_vocab_size": 320}),
-    (MLA, "vllm", 2, VLLM2, {"enable_shared_expert_dp": True}),
-    (MLA, "vllm", 4, VLLM2 | {"data_parallel_size": 2, "enable_expert_parallel": True}, {"enable_shared_expert_dp": False}),
+    (MLA, "vllm", 2, VLLM2, {"shared_experts": "whole"}),
+    (MLA, "vllm", 4, VLLM2 | {"data_parallel_size": 2, "enable_expert_parallel": True}, {"shared_experts": "cut"}),
     (SQUARE, "vllm", 2, VLLM2, {"expert_storage": "stacked_transposed"}),
     (SQUARE, "vllm", 2, VLLM2 | {"enable_expert_parallel": True}, {"expert_storage": "stacked_transposed", "padded_vocab_size": 30}),
 ]  # fmt: skip

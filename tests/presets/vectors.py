@@ -145,7 +145,7 @@ def oracle_vectors():
     count = 0
     for framework, tp, sizes, which, expected in SHARDS:
         spec = {"model": config(**sizes), "source": side(framework, tp)}
-        model = oracle.Model(spec["model"])
+        model = oracle.model_of(spec)
         ranks = (find(oracle.params(spec, "source", r, model), NAMES[framework, which]) for r in range(tp))
         same(" ; ".join(shard_labels(model, p.elements) for p in ranks), expected, framework, tp, sizes)
         count += 1
