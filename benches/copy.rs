@@ -5,6 +5,7 @@
 //! the device; the device without AVX2. Figures are GB/s of payload, all threads together, and the ratios to the first column: medians over
 //! rounds that run all columns in turn, so that a busy machine slows all alike.
 
+use reshard::convert::{Convert, Float};
 use reshard::device::host::HostDevice;
 use reshard::device::{Device, Job, Mem};
 use reshard::geom::StridedCopy;
@@ -63,6 +64,17 @@ fn turned(item: u32, rows: usize, columns: usize) -> StridedCopy {
     StridedCopy::new(item, 0, 0, [(rows as u64, columns as u64, 1), (columns as u64, 1, rows as u64)])
 }
 
+/// Megatron's grouped experts, `rows` of `columns` each, as vLLM has them.
+fn experts(count: usize, rows: usize, columns: usize) -> StridedCopy {
+    let (one, rows, columns) = ((rows * columns) as u64, rows as u64, columns as u64);
+    StridedCopy::new(2, 0, 0, [(count as u64, one, one), (rows, columns, 1), (columns, 1, rows)])
+}
+
+/// Elements without gaps, of another type on either side.
+fn cast(from: Float, to: Float) -> StridedCopy {
+    StridedCopy::converting(from.item(), Some(Convert { from, to, add: 0 }), 0, 0, [(BYTES as u64 / 4, 1, 1)])
+}
+
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     let mut case = |name: &str, slot, copy| cases.push(Case { name: name.to_owned(), copy, slot });
@@ -82,6 +94,13 @@ fn cases() -> Vec<Case> {
     case("transpose 5001 x 4099 bf16", Slot::None, turned(2, 5001, 4099));
     case("transpose 4096 x 4096 f32", Slot::None, turned(4, 4096, 4096));
     case("transpose 4096 x 4096 fp8", Slot::None, turned(1, 4096, 4096));
+    case("experts, DeepSeek-V3's weight1 to w13", Slot::None, experts(4, 7168, 4096));
+    case("experts, DeepSeek-V3's weight2 to w2", Slot::None, experts(9, 2048, 7168));
+    case("experts, Qwen3-30B-A3B's weight1 to w13", Slot::None, experts(42, 2048, 1536));
+    case("experts, Qwen3-30B-A3B's weight2 to w2", Slot::None, experts(85, 768, 2048));
+    case("cast fp32 to bf16", Slot::None, cast(Float::F32, Float::Bf16));
+    case("cast bf16 to fp32", Slot::None, cast(Float::Bf16, Float::F32));
+    case("cast fp32 to fp16", Slot::None, cast(Float::F32, Float::F16));
     for slot in [256 << 10, 1 << 20] {
         for (name, side) in [("unpack from", Slot::Source), ("pack to", Slot::Target)] {
             let kib = slot >> 10;
