@@ -211,9 +211,9 @@ class Preset:
 class LocalComm:
     """The processes of this host that give the same name."""
 
-    def __init__(self, name, rank, world):
+    def __init__(self, name, rank, world, flags=0):
         self._handle = c.c_void_p()
-        local = _sized(LocalStruct, name=name.encode(), rank=rank, world=world)
+        local = _sized(LocalStruct, name=name.encode(), rank=rank, world=world, flags=flags)
         _check(_lib.rs_comm_local(c.byref(local), c.byref(self._handle)))
 
     def close(self):

@@ -2,7 +2,7 @@
 
 Both jobs are on the same ranks, as in Megatron's test. Every dense case runs a second time from the "local" to the TE layer spec; every
 case with experts goes from TEGroupedMLP to SequentialMLP, on as many ranks as each side needs, and to legacy GroupedMLP, with replicas
-on all ranks of the larger side. The cases with shared experts run with a gate of theirs, and with the routers' correction biases and a layer for
+on all ranks of the larger side. One job casts its weights, whatever way they travel. The cases with shared experts run with a gate of theirs, and with the routers' correction biases and a layer for
 multi-token prediction. Last, 16 processes at once, from a trainer to engines. A process that has not ended in time is a failure, and is ended.
 """
 
@@ -44,6 +44,7 @@ PREDICTING = {
     "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 MTP = {"mtp_num_layers": 1}
+LOCAL_READ, LOCAL_RING = 1, 2  # RS_LOCAL_READ, RS_LOCAL_RING
 GROUPED, LEGACY = {"moe_grouped_gemm": True}, {"moe_use_legacy_grouped_gemm": True}
 
 
@@ -57,6 +58,31 @@ def side(sizes, first, spec, ranks=None, **more):
 
 
 def cases():
+    """Title, spec, and flags of rs_comm_local_t."""
+    for title, spec in moves():
+        yield title, spec, 0
+    casts = {
+        "model": MODEL,
+        "source": side((2, 1), 0, "transformer_engine", params_dtype="float32", layernorm_zero_centered_gamma=True),
+        "target": side((1, 2), 2, "local"),
+    }
+    yield "casts", casts, 0
+    yield "casts through rings", casts, LOCAL_RING
+    if may_read():
+        yield "casts beside reads", casts, LOCAL_READ
+
+
+def may_read():
+    """Whether processes may read each other's memory here."""
+    try:
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            scope = int(file.read())
+            return scope == 0 or (os.geteuid() == 0 and scope < 3)
+    except FileNotFoundError:
+        return True
+
+
+def moves():
     for source, target in CASES:
         for specs in (("transformer_engine", "local"), ("local", "transformer_engine")):
             spec = {"model": MODEL, "source": side(source, 0, specs[0]), "target": side(target, 0, specs[1])}
@@ -88,7 +114,7 @@ def cases():
     yield "16 processes", spec
 
 
-def rank_main(name, rank, world, text):
+def rank_main(name, rank, world, flags, text):
     """One rank: the process that main() starts."""
     import oracle
     import worlds
@@ -97,7 +123,7 @@ def rank_main(name, rank, world, text):
     spec = json.loads(text)
     mine = worlds.Rank(spec, rank, oracle.model_of(spec))
     preset = mine.make_preset()
-    comm = reshard.LocalComm(name, rank, world)
+    comm = reshard.LocalComm(name, rank, world, flags)
     container = reshard.Container(preset, comm, f"rank {rank}", worlds.TIMEOUT_MS)
     container.connect()
     got, expected = container.sync(1)["bytes"], mine.expected_bytes()
@@ -110,12 +136,12 @@ def rank_main(name, rank, world, text):
     print("ok")
 
 
-def run(title, spec):
+def run(title, spec, flags):
     world = 1 + max(rank_of_last(spec[role]["ranks"]) for role in ("source", "target"))
     name, text = f"presets-{secrets.token_hex(8)}", json.dumps(spec)
     command = [sys.executable, os.path.abspath(__file__), name]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank), str(world), text], **pipes) for rank in range(world)]
+    processes = [subprocess.Popen([*command, str(rank), str(world), str(flags), text], **pipes) for rank in range(world)]
     deadline = time.monotonic() + PATIENCE
     failures = []
     for rank, process in enumerate(processes):
@@ -137,14 +163,14 @@ def rank_of_last(ranks):
 
 def main():
     count = 0
-    for title, spec in cases():
-        run(title, spec)
+    for title, spec, flags in cases():
+        run(title, spec, flags)
         count += 1
     print(f"matrix: {count} cases in processes of their own")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
-        rank_main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    if len(sys.argv) == 6:
+        rank_main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
     else:
         main()
