@@ -116,8 +116,31 @@ const DEEPSEEK_V3: &str = r#"{"architectures": ["DeepseekV3ForCausalLM"], "hidde
     "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048, "intermediate_size": 18432,
     "first_k_dense_replace": 3, "vocab_size": 129280}"#;
 
+/// Layers and experts of models otherwise like DeepSeek-V3, on its 256 trainers and 32 engines.
+const GROWTH: [(u32, u32); 8] = [(19, 256), (33, 256), (61, 256), (117, 256), (61, 64), (61, 128), (61, 512), (61, 1024)];
+
 /// Name, spec, and two ranks with what they are.
 type ExpertJob = (&'static str, String, [(&'static str, u32); 2]);
+
+fn megatron(ranks: u32, tp: u32, ep: u32) -> String {
+    format!(
+        r#""framework": "megatron", "ranks": "0-{}", "tensor_model_parallel_size": {tp}, "pipeline_model_parallel_size": 16,
+            "expert_model_parallel_size": {ep}, "expert_tensor_parallel_size": 1, "moe_grouped_gemm": true,
+            "num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2"#,
+        ranks - 1
+    )
+}
+
+fn vllm(ranks: &str, tp: u32, dp: u32, replicas: u32) -> String {
+    format!(
+        r#""framework": "vllm", "ranks": "{ranks}", "tensor_parallel_size": {tp}, "data_parallel_size": {dp},
+            "replicas": {replicas}, "enable_expert_parallel": true"#
+    )
+}
+
+fn spec(model: &str, source: &str, target: &str) -> String {
+    format!(r#"{{"model": {model}, "source": {{{source}}}, "target": {{{target}}}}}"#)
+}
 
 fn expert_jobs() -> Vec<ExpertJob> {
     let kimi = DEEPSEEK_V3
@@ -125,23 +148,6 @@ fn expert_jobs() -> Vec<ExpertJob> {
         .replace("\"n_routed_experts\": 256", "\"n_routed_experts\": 384")
         .replace("\"first_k_dense_replace\": 3", "\"first_k_dense_replace\": 1")
         .replace("\"vocab_size\": 129280", "\"vocab_size\": 163840");
-    let megatron = |ranks: u32, tp: u32, ep: u32| {
-        format!(
-            r#""framework": "megatron", "ranks": "0-{}", "tensor_model_parallel_size": {tp}, "pipeline_model_parallel_size": 16,
-                "expert_model_parallel_size": {ep}, "expert_tensor_parallel_size": 1, "moe_grouped_gemm": true,
-                "num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 2"#,
-            ranks - 1
-        )
-    };
-    let vllm = |ranks: &str, tp: u32, dp: u32, replicas: u32| {
-        format!(
-            r#""framework": "vllm", "ranks": "{ranks}", "tensor_parallel_size": {tp}, "data_parallel_size": {dp},
-                "replicas": {replicas}, "enable_expert_parallel": true"#
-        )
-    };
-    let spec = |model: &str, source: String, target: String| {
-        format!(r#"{{"model": {model}, "source": {{{source}}}, "target": {{{target}}}}}"#)
-    };
     // Each layer's 256 experts and 32 more of them, in an order of its own.
     let map = |layer: u64| {
         let mut random = fastrand::Rng::with_seed(layer);
@@ -155,22 +161,22 @@ fn expert_jobs() -> Vec<ExpertJob> {
     vec![
         (
             "DeepSeek-V3, 1024 (TP 8 PP 16 EP 64) -> 4 x (TP 8 DP 32, EP 256) on the same",
-            spec(DEEPSEEK_V3, megatron(1024, 8, 64), vllm("0-1023", 8, 32, 4)),
+            spec(DEEPSEEK_V3, &megatron(1024, 8, 64), &vllm("0-1023", 8, 32, 4)),
             [("first stage", 0), ("middle", 500)],
         ),
         (
             "DeepSeek-V3, 256 (TP 1 PP 16 EP 16) -> 32 others (TP 8 DP 4, EP 32)",
-            spec(DEEPSEEK_V3, megatron(256, 1, 16), vllm("256-287", 8, 4, 1)),
+            spec(DEEPSEEK_V3, &megatron(256, 1, 16), &vllm("256-287", 8, 4, 1)),
             [("trainer", 100), ("engine", 270)],
         ),
         (
             "Kimi-K2, 16,384 (TP 8 PP 16 EP 64) -> 64 x (TP 8 DP 8, EP 64) on 4,096 of them",
-            spec(&kimi, megatron(16384, 8, 64), vllm("0-4095", 8, 8, 64)),
+            spec(&kimi, &megatron(16384, 8, 64), &vllm("0-4095", 8, 8, 64)),
             [("both", 3000), ("trainer only", 5000)],
         ),
         (
             "DeepSeek-V3, 256 (TP 4 PP 8 EP 8, extended) -> 8 x (TP 4 DP 8, EP 32) on the same, 288 slots by a map",
-            spec(DEEPSEEK_V3, mindspeed.into(), format!("{}, \"physical_to_logical_map\": [{maps}]", vllm("0-255", 4, 8, 8))),
+            spec(DEEPSEEK_V3, mindspeed, &format!("{}, \"physical_to_logical_map\": [{maps}]", vllm("0-255", 4, 8, 8))),
             [("first stage", 0), ("middle", 100)],
         ),
     ]
@@ -184,6 +190,19 @@ fn main() {
             let (seconds, bytes, pieces) = measure(&spec, rank, &places);
             println!("| {name} | {side} | {:.1} ms | {:.1} MiB | {pieces} |", seconds * 1e3, bytes as f64 / 1048576.0);
         }
+    }
+    println!("\n| layers | experts | trainer's rank | engine's rank |\n|---|---|---|---|");
+    for (layers, experts) in GROWTH {
+        let model = DEEPSEEK_V3
+            .replace("\"num_hidden_layers\": 61", &format!("\"num_hidden_layers\": {layers}"))
+            .replace("\"n_routed_experts\": 256", &format!("\"n_routed_experts\": {experts}"));
+        let spec = spec(&model, &megatron(256, 1, 16), &vllm("256-287", 8, 4, 1));
+        let places = places(288, Some(8));
+        let [trainer, engine] = [100, 270].map(|rank| {
+            let (seconds, bytes, _) = measure(&spec, rank, &places);
+            format!("{:.1} ms, {:.1} MiB", seconds * 1e3, bytes as f64 / 1048576.0)
+        });
+        println!("| {layers} | {experts} | {trainer} | {engine} |");
     }
     println!("\n| ranks | trainer | engines | rank | plan | memory | moves |\n|---|---|---|---|---|---|---|");
     let mut points = vec![];
