@@ -252,9 +252,11 @@ pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
 ///   ("dualpipev"). Ours: mla_down_proj_cut, whether MLA's down projections are cut (default: with local layers), and mla_weights, whose
 ///   names MLA has ("core", "mindspeed", "mindspeed_qb"). data_parallel_size follows from the ranks.
 /// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, dtype,
-///   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); replicas, independent engines, each an equal
-///   block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has any; expert_storage: how w13
-///   and w2 lie after loading, "stacked", "stacked_swapped" (up before gate) or "stacked_transposed" (vllm-ascend).
+///   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); padded_vocab_size; shared_experts
+///   ("cut" or "whole", as with vllm-ascend's enable_shared_expert_dp; default: as vLLM has them); replicas, independent
+///   engines, each an equal block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has
+///   any; expert_storage: how w13 and w2 lie after loading, "stacked", "stacked_swapped" (up before gate) or
+///   "stacked_transposed" (vllm-ascend).
 /// - hf: whole Hugging Face tensors on each rank; dtype.
 ///
 /// The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
@@ -286,11 +288,17 @@ pub unsafe extern "C" fn rs_preset_create(spec_json: *const c_char, rank: i32, o
 /// Gives one of this rank's parameters its memory, by the name that the framework calls it; a second time: other memory. Every
 /// parameter that the spec says this rank has must be bound before the preset is used; rs_preset_describe() lists them.
 ///
+/// A framework's release or patch may hold a tensor in another way than the default. Where the spec does not give the member that says
+/// how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_weights, mla_mm_split and the
+/// padded vocabulary of megatron; expert_storage, shared_experts and the padded vocabulary of vllm. So a rank's parameters may be bound
+/// in any order, but describe tells the final names and shapes only afterwards; connect tells other ranks what was found. A tensor whose
+/// axes were permuted, with the strides that this gives, is bound by how it lies in memory.
+///
 /// - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
 ///
 /// Local; one thread at a time. Errors: RS_ERR_NOT_FOUND (no such parameter on this rank: tells the nearest names; or add it to the
-/// spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than the
-/// spec says: tells both), RS_ERR_UNSUPPORTED (LoRA's parameters), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
+/// spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than any
+/// value of the spec says: tells them), RS_ERR_UNSUPPORTED (LoRA's parameters), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_preset_bind(preset: *mut rs_preset_t, bind: *const rs_bind_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -319,7 +327,8 @@ pub unsafe extern "C" fn rs_preset_layout(preset: *const rs_preset_t, out: *mut 
 /// Hosts are runs of `ranks_per_host` ranks; without it, all ranks are on one. All sizes are in bytes.
 ///
 /// - what: RS_DESCRIBE_LAYOUT, this rank's parameters: {"rank", "params": [{"role", "chunk", "name", "shape", "dtype", "bound",
-///   "required" (false: it may be bound and is not used), "tensors" (logical tensors that it holds a part of)}]}.
+///   "required" (false: it may be bound and is not used), "tensors" (logical tensors that it holds a part of)}], "found": {"source",
+///   "target"} (members that parameters decided, in words)}.
 ///   RS_DESCRIBE_PLAN, what this rank does in a sync: {"rank", "world", "bytes": {"local", "doubled" (copied to a second place after it
 ///   arrived), "sent", "received"}, "peers": [{"rank", "sent", "received"}], "moves", "plan_seconds"}.
 ///   RS_DESCRIBE_WORLD, what all ranks do: {"parameters" (elements of the model), "ranks", "bytes": {"landed" (in all targets), "sent",

@@ -390,7 +390,13 @@ impl Preset {
                 "tensors": e.tensors,
             })
         };
-        json!({"rank": self.rank, "params": self.expected.iter().map(param).collect::<Vec<_>>()})
+        let (variants, left) = (&self.world.variants, &self.world.spec.left);
+        let found = [0, 1].map(|side| variants.shown(side, &left[side]));
+        json!({
+            "rank": self.rank,
+            "params": self.expected.iter().map(param).collect::<Vec<_>>(),
+            "found": {"source": found[0], "target": found[1]},
+        })
     }
 }
 

@@ -102,6 +102,8 @@ def check_refused():
     text = refusal(lambda: preset.bind(down, array(5, 12), TARGET))
     says(text, down, "[6, 12]", "[5, 12]", "mla_down_proj_cut true: shape [3, 12]")
     preset.bind(down, array(3, 12), TARGET)
+    found = preset.describe(reshard.DESCRIBE_LAYOUT)["found"]
+    check(found == {"source": "", "target": "mla_down_proj_cut true"}, "found", found)
     text = refusal(lambda: preset.bind(kv, array(12, 12), TARGET))
     says(text, kv, "[6, 12]", "[12, 12]")
     preset.close()
