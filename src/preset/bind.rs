@@ -257,8 +257,8 @@ impl Preset {
     fn bare<'a>(&self, side: usize, name: &'a str) -> Cow<'a, str> {
         let parts = &self.world.sides()[side].parts;
         let name = if parts.strip.is_empty() { name } else { name.trim_start_matches(parts.strip) };
-        let renamed = parts.renamed.iter().find_map(|(other, here)| Some(format!("{}{here}", name.strip_suffix(other)?)));
-        renamed.map_or(Cow::Borrowed(name), Cow::Owned)
+        let renamed = parts.renamed.iter().find(|(other, _)| name.contains(other));
+        renamed.map_or(Cow::Borrowed(name), |(other, here)| Cow::Owned(name.replacen(other, here, 1)))
     }
 
     fn unknown(&self, side: usize, b: &Bind<'_>) -> Result<()> {

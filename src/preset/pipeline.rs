@@ -14,7 +14,11 @@ pub struct Chunk {
     pub front: bool,
     /// The model's layer at each local index; `None`: a no-op.
     pub layers: Vec<Option<u64>>,
-    /// Final norm and output layer.
+    /// The final norm.
+    pub norm: bool,
+    /// The layers for multi-token prediction.
+    pub mtp: bool,
+    /// The output layer.
     pub back: bool,
 }
 
@@ -37,6 +41,8 @@ pub struct Placement<'a> {
     pub list: Option<&'a [u64]>,
     /// noop_layers.
     pub noops: &'a [u64],
+    /// mtp_num_layers.
+    pub mtp: u64,
     /// Two chunks a stage, the second in falling order.
     pub v_shaped: bool,
 }
@@ -65,11 +71,12 @@ impl Placement<'_> {
                 self.chunks.unwrap_or(1)
             );
         }
-        let counts = match (self.layout, self.list) {
-            _ if self.v_shaped => self.of_v(all)?,
+        // Of each entry; and which has the layers for multi-token prediction, if it is not the last.
+        let (counts, mtp) = match (self.layout, self.list) {
+            _ if self.v_shaped => (self.of_v(all)?, None),
             (Some(layout), None) => self.of_layout(layout, all)?,
-            (None, Some(list)) => self.of_list(list, all)?,
-            (None, None) => self.of_sizes(all)?,
+            (None, Some(list)) => (self.of_list(list, all)?, None),
+            (None, None) => (self.of_sizes(all)?, None),
             (Some(_), Some(_)) => bail!(RS_ERR_INVALID, "pipeline_model_parallel_layout and num_layer_list contradict each other"),
         };
         // In the order of the layers: all first chunks, then all second ones.
@@ -88,7 +95,10 @@ impl Placement<'_> {
             }
             chunk.front = i == 0;
             chunk.back = i + 1 == counts.len();
+            chunk.mtp = self.mtp > 0 && i == mtp.unwrap_or(counts.len() - 1);
             next += count;
+            // With layers for multi-token prediction the norm follows the last layer, even where the output layer is elsewhere.
+            chunk.norm = if self.mtp > 0 { count > 0 && next == all } else { chunk.back };
         }
         Ok(out)
     }
@@ -192,7 +202,7 @@ impl Placement<'_> {
         Ok(list.to_vec())
     }
 
-    fn of_layout(&self, layout: &str, all: u64) -> Result<Vec<u64>> {
+    fn of_layout(&self, layout: &str, all: u64) -> Result<(Vec<u64>, Option<usize>)> {
         self.alone("pipeline_model_parallel_layout")?;
         if !self.noops.is_empty() {
             bail!(RS_ERR_INVALID, "noop_layers contradicts pipeline_model_parallel_layout");
@@ -205,8 +215,9 @@ impl Placement<'_> {
             if let Some(odd) = symbols.iter().find(|c| !"Etm|L".contains(**c)) {
                 bail!(RS_ERR_INVALID, "'{odd}' is none of E, t, m, L and |");
             }
-            if symbols.contains(&'m') {
-                bail!(RS_ERR_INVALID, "m: the model has no MTP layers");
+            if count(&symbols, 'm') != self.mtp {
+                let given = count(&symbols, 'm');
+                bail!(RS_ERR_INVALID, "it has {given} m, one for each MTP layer, and mtp_num_layers is {}", self.mtp);
             }
             if self.stages == 1 && entries.len() > 1 {
                 bail!(RS_ERR_INVALID, "{} entries want pipeline_model_parallel_size above 1", entries.len());
@@ -233,8 +244,22 @@ impl Placement<'_> {
             }
             Ok(())
         };
-        check().map_err(name)?;
-        Ok(entries.iter().map(|e| count(e, 't')).collect())
+        let mtp = entries.iter().position(|e| e.contains(&'m'));
+        let check_mtp = || {
+            let (Some(at), stages) = (mtp, self.stages as usize) else { return Ok(()) };
+            if count(entries[at], 'm') != self.mtp {
+                bail!(RS_ERR_INVALID, "all m must be in one entry");
+            }
+            if symbols.iter().skip_while(|&&c| c != 'm').any(|&c| c == 't') {
+                bail!(RS_ERR_INVALID, "no t may follow m");
+            }
+            if at + stages < entries.len() || (stages > 1 && at % stages == 0) {
+                bail!(RS_ERR_INVALID, "m must be in the last virtual chunk of its stage, and not in the first of several stages");
+            }
+            Ok(())
+        };
+        check().and_then(|()| check_mtp()).map_err(name)?;
+        Ok((entries.iter().map(|e| count(e, 't')).collect(), mtp))
     }
 
     fn alone(&self, member: &str) -> Result<()> {
@@ -337,6 +362,29 @@ mod tests {
         assert_eq!(back, [false, true]);
         let s = spans(&of("Et*3|(tt|)*29|L", 61, 16));
         assert_eq!((s[0][0], s[1][0], s[13][1], s[14][1], s[15][1]), ((0, 3), (3, 2), (59, 2), (0, 0), (0, 0)));
+        let of_mtp = |layout, layers, stages, mtp| Placement { mtp, ..of(layout, layers, stages) };
+        let at = |p: &Placement<'_>, what: fn(&Chunk) -> bool| -> Vec<(usize, usize)> {
+            let chunks = p.chunks().unwrap();
+            let all = chunks.iter().enumerate().flat_map(|(s, c)| c.iter().enumerate().map(move |(i, c)| ((s, i), c)));
+            all.filter(|(_, c)| what(c)).map(|(at, _)| at).collect()
+        };
+        // Of 32 entries the one before the last, alone; the norm is with the last layer.
+        let p = of_mtp("Et*3|(tt|)*29,m|L", 61, 16, 1);
+        assert_eq!((at(&p, |c| c.mtp), at(&p, |c| c.norm), at(&p, |c| c.back)), (vec![(14, 1)], vec![(13, 1)], vec![(15, 1)]));
+        let p = of_mtp("Ett|ttmmL", 4, 2, 2);
+        assert_eq!((at(&p, |c| c.mtp), at(&p, |c| c.norm)), (vec![(1, 0)], vec![(1, 0)]));
+        let p = Placement { layers: 4, stages: 2, chunks: Some(2), mtp: 1, ..Placement::default() };
+        assert_eq!((at(&p, |c| c.mtp), at(&p, |c| c.norm)), (vec![(1, 1)], vec![(1, 1)]));
+        for (layout, mtp, word) in [
+            ("Et|tt|t|L", 1, "0 m"),
+            ("Et|tt|tm|mL", 2, "one entry"),
+            ("Et|tt|tm|L", 1, "first of several"),
+            ("Et|tt|m|tL", 1, "no t may follow"),
+            ("Ett|ttm|L|", 1, "one L"),
+        ] {
+            let e = of_mtp(layout, 4, 2, mtp).chunks().unwrap_err();
+            assert!(e.text().contains(word), "{layout}: {e}");
+        }
         for (layout, word) in [
             ("Et|tt|t|", "one L"),
             ("tEt|t|t|L", "one E"),

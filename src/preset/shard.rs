@@ -1,17 +1,17 @@
-//! The usual parameters of a shard: of a layer whole tensors, rows, columns, and gate over up; what comes before and after the layers.
+//! The usual parameters of a shard, whole tensors, rows, columns, and gate over up; the sections that a model has.
 #![forbid(unsafe_code)]
 
 use super::cut;
-use super::model::{LayerType, Model, Part, names};
-use super::side::{Param, Section};
+use super::model::{LayerType, Model, Part};
+use super::side::{Param, Section, Slot};
 
-/// Shard `r` of `t` of the layers of a type.
+/// Shard `r` of `t` of a part of a model: of the layers of a type, for instance.
 #[derive(Clone, Copy)]
 pub struct Shard<'a> {
     /// The model.
     pub model: &'a Model,
-    /// Which layers.
-    pub layer: LayerType,
+    /// Which part.
+    pub part: Part,
     /// Its number.
     pub r: u64,
     /// Their number.
@@ -19,9 +19,9 @@ pub struct Shard<'a> {
 }
 
 impl Shard<'_> {
-    /// Index of a kind of these layers.
+    /// Index of a kind of this part.
     pub fn kind(&self, name: &str) -> usize {
-        self.model.kind(Part::Layer(self.layer), name)
+        self.model.kind(self.part, name)
     }
 
     /// Rows and columns of a kind; a vector has one column.
@@ -38,7 +38,7 @@ impl Shard<'_> {
         if self.model.kinds[kind].fp32 { out.fp32() } else { out }
     }
 
-    /// A column-parallel layer's weight.
+    /// A column-parallel layer's weight or bias.
     pub fn rows(&self, param: &str, tensor: &str) -> Param {
         let kind = self.kind(tensor);
         let [n, width] = self.shape(kind);
@@ -56,16 +56,26 @@ impl Shard<'_> {
         Param::new(param, &[heads / self.t * of.1, width], [cut])
     }
 
-    /// Whole tensors one below the other, on every shard.
+    /// This shard's rows of tensors, one below the other; of a shard of one: whole tensors.
     pub fn stacked(&self, param: &str, tensors: &[&str]) -> Param {
         let (mut at, mut columns, mut cuts) = (0, 0, vec![]);
         for tensor in tensors {
             let kind = self.kind(tensor);
             let [n, width] = self.shape(kind);
-            cuts.extend(cut::rows(kind, n, 0, n, width, at));
-            (at, columns) = (at + n, width);
+            let part = n / self.t;
+            cuts.extend(cut::rows(kind, n, self.r * part, part, width, at));
+            (at, columns) = (at + part, width);
         }
         Param::new(param, &[at, columns], cuts)
+    }
+
+    /// The same rows of each head, transposed, the heads being one axis.
+    pub fn of_heads_transposed(&self, param: &str, tensor: &str, rows: u64, of: (u64, u64)) -> Param {
+        let kind = self.kind(tensor);
+        let [n, width] = self.shape(kind);
+        let heads = n / rows;
+        let cut = cut::of_heads_transposed(kind, heads, rows, of, width, self.r, self.t);
+        Param::new(param, &[heads / self.t, width, of.1], [cut])
     }
 
     /// A row-parallel layer's weight.
@@ -75,57 +85,68 @@ impl Shard<'_> {
         Param::new(param, &[n, width / self.t], [cut::columns(kind, n, width, self.r, self.t)])
     }
 
-    /// A merged column-parallel layer's weight.
+    /// Rows of a vocabulary padded to `padded`, whatever the part.
+    pub fn vocab(&self, param: &str, tensor: &str, padded: u64) -> Param {
+        let Shard { model, r, t, .. } = *self;
+        let cut = cut::vocab(model.kind(Part::Once, tensor), model.vocab, padded, model.hidden, r, t);
+        Param::new(param, &[padded / t, model.hidden], cut)
+    }
+
+    /// A merged column-parallel layer's weight or bias.
     pub fn glu(&self, param: &str, gate: &str, up: &str) -> Param {
         let kinds = [self.kind(gate), self.kind(up)];
         let [ffn, width] = self.shape(kinds[0]);
-        Param::new(param, &[2 * ffn / self.t, width], cut::glu(kinds, ffn, width, self.r, self.t))
+        let shape = [&[2 * ffn / self.t], &self.model.kinds[kinds[0]].shape[1..]].concat();
+        Param::new(param, &shape, cut::glu(kinds, ffn, width, self.r, self.t))
     }
 }
 
-/// Rows `r` of `t` of a vocabulary padded to `padded`.
-pub fn vocab(model: &Model, param: &str, tensor: &str, padded: u64, r: u64, t: u64) -> Param {
-    let cut = cut::vocab(model.kind(Part::Once, tensor), model.vocab, padded, model.hidden, r, t);
-    Param::new(param, &[padded / t, model.hidden], cut)
-}
-
-/// What follows the last layer, by the names of its norm and its head; `copy`: that of the head where embeddings are tied, if it has
-/// some of its own.
-pub fn back(model: &Model, [norm, head]: [&str; 2], copy: Option<&str>, padded: u64, r: u64, t: u64) -> Vec<Param> {
-    let kind = model.kind(Part::Once, names::NORM);
-    let mut out = vec![Param::new(norm, &[model.hidden], cut::rows(kind, model.hidden, 0, model.hidden, 1, 0))];
-    let head = if model.tied { copy.map(|c| (c, names::EMBED)) } else { Some((head, names::HEAD)) };
-    out.extend(head.map(|(param, tensor)| vocab(model, param, tensor, padded, r, t)));
-    out
-}
-
 /// Indices of [`sections`]; those of experts follow.
-pub const FRONT: usize = 0;
-/// See [`FRONT`].
-pub const BACK: usize = 1;
-/// See [`FRONT`].
-pub const DENSE: usize = 2;
-/// See [`FRONT`].
-pub const MOE: usize = 3;
-/// See [`FRONT`].
-pub const EXPERTS: usize = 4;
+pub const EMBED: usize = 0;
+/// See [`EMBED`]: the final norm.
+pub const NORM: usize = 1;
+/// See [`EMBED`].
+pub const HEAD: usize = 2;
+/// See [`EMBED`].
+pub const DENSE: usize = 3;
+/// See [`EMBED`].
+pub const MOE: usize = 4;
+/// See [`EMBED`]: what a layer for multi-token prediction has beside a layer of its type.
+pub const MTP: usize = 5;
+/// See [`EMBED`]: what stands before the vision tower's layers.
+pub const PATCH: usize = 6;
+/// See [`EMBED`].
+pub const VISION: usize = 7;
+/// See [`EMBED`]: what stands after the vision tower's layers.
+pub const MERGER: usize = 8;
+/// See [`EMBED`].
+pub const EXPERTS: usize = 9;
 
-/// What each of `t` shards has of all but routed experts: before the layers, after them, and in a layer of each type.
-pub fn sections(
-    model: &Model,
-    t: u64,
-    front: impl Fn(u64) -> Vec<Param>,
-    back: impl Fn(u64) -> Vec<Param>,
-    layer: impl Fn(&Shard<'_>) -> Vec<Param>,
-) -> Vec<Section> {
-    let of_type = |of: LayerType| {
-        let shard = |r| if model.layers.contains(&of) { layer(&Shard { model, layer: of, r, t }) } else { vec![] };
+/// Which tensors a section has, but for those of experts.
+const PARTS: [Part; EXPERTS] = [
+    Part::Once,
+    Part::Once,
+    Part::Once,
+    Part::Layer(LayerType::Dense),
+    Part::Layer(LayerType::Moe),
+    Part::Mtp,
+    Part::Once,
+    Part::Layer(LayerType::Vision),
+    Part::Once,
+];
+
+/// What each of `t` shards has of all but routed experts. `params`: of a shard of a section that the model has, by the section's index.
+pub fn sections(model: &Model, t: u64, params: impl Fn(usize, &Shard<'_>) -> Vec<Param>) -> Vec<Section> {
+    let of = |(section, part): (usize, Part)| {
+        let there = model.kinds.iter().any(|k| k.part == part) && (![PATCH, MERGER].contains(&section) || model.vision.is_some());
+        let shard = |r| if there { params(section, &Shard { model, part, r, t }) } else { vec![] };
         Section::new(0, (0..t).map(shard).collect())
     };
-    vec![
-        Section::new(0, (0..t).map(front).collect()),
-        Section::new(0, (0..t).map(back).collect()),
-        of_type(LayerType::Dense),
-        of_type(LayerType::Moe),
-    ]
+    PARTS.into_iter().enumerate().map(of).collect()
+}
+
+/// Slots of a layer of the decoder's kind; `experts`: the section of its experts, if it has any.
+pub fn slots(model: &Model, layer: u64, chunk: u32, prefix: &str, experts: usize) -> impl Iterator<Item = Slot> {
+    let sections = if model.layer(layer) == LayerType::Dense { vec![DENSE] } else { vec![MOE, experts] };
+    sections.into_iter().map(move |s| Slot::new(s, layer, chunk, prefix.to_string()))
 }

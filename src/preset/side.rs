@@ -162,7 +162,7 @@ pub struct Parts {
     /// What is stripped from the front of a bound name, as often as it stands there.
     #[serde(skip)]
     pub strip: &'static str,
-    /// Ends of names that other versions have, and what they are here.
+    /// Parts of names that other versions have, and what stands here instead: the first that a name has is replaced once.
     #[serde(skip)]
     pub renamed: &'static [(&'static str, &'static str)],
 }

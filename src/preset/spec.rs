@@ -73,9 +73,11 @@ impl Spec {
         let left = [&mut text.source, &mut text.target].map(|side| Left::new(framework(side).unwrap_or_default(), side));
         variants.apply(0, &left[0], &mut text.source);
         variants.apply(1, &left[1], &mut text.target);
-        let model = Model::new(&text.model)?;
-        let source = side("source", &model, text.source, false)?;
-        let mut target = side("target", &model, text.target, true)?;
+        let options = [Options::new("source", text.source)?, Options::new("target", text.target)?];
+        let model = Model::new(&text.model, predictors(&options, model::config::predictors(&text.model)?)?)?;
+        let [source, target] = options;
+        let source = side("source", &model, source, false)?;
+        let mut target = side("target", &model, target, true)?;
         target.center_norms(&model, source.parts.zero_centered);
         if let Some(n) = text.ranks_per_host {
             size("ranks_per_host", n)?;
@@ -102,17 +104,59 @@ impl Spec {
     }
 }
 
-fn side(label: &str, model: &Model, mut text: Map<String, Value>, target: bool) -> Result<Side> {
-    let Some(framework) = framework(&text).map(str::to_string) else {
-        bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\"");
-    };
-    text.remove("framework");
-    let text = Value::Object(text);
-    let parts = match framework.as_str() {
-        "megatron" => megatron::parts(model, &take(label, text)?, target),
-        "vllm" => vllm::parts(model, &take(label, text)?),
-        "hf" => hf::parts(model, &take(label, text)?),
-        other => bail!(RS_ERR_UNSUPPORTED, "{label}.framework is \"{other}\"; there are \"megatron\", \"vllm\" and \"hf\""),
+/// The members of a side.
+enum Options {
+    Megatron(Box<megatron::Options>),
+    Vllm(Box<vllm::Options>),
+    Hf(hf::Options),
+}
+
+impl Options {
+    fn new(label: &str, mut text: Map<String, Value>) -> Result<Options> {
+        let Some(framework) = framework(&text).map(str::to_string) else {
+            bail!(RS_ERR_INVALID, "{label}.framework is missing; it is \"megatron\", \"vllm\" or \"hf\"");
+        };
+        text.remove("framework");
+        let text = Value::Object(text);
+        match framework.as_str() {
+            "megatron" => take(label, text).map(Options::Megatron),
+            "vllm" => take(label, text).map(Options::Vllm),
+            "hf" => take(label, text).map(Options::Hf),
+            other => bail!(RS_ERR_UNSUPPORTED, "{label}.framework is \"{other}\"; there are \"megatron\", \"vllm\" and \"hf\""),
+        }
+    }
+
+    /// Layers for multi-token prediction that the side holds, of `all`, and the member that says so; `None`: all that the model has.
+    fn predictors(&self, all: u64) -> Result<Option<(u64, &'static str)>> {
+        Ok(match self {
+            Options::Megatron(o) => Some((megatron::predictors(o, all)?, "mtp_num_layers")),
+            Options::Vllm(o) => Some((vllm::predictors(o, all)?, "mtp_drafter")),
+            Options::Hf(_) => None,
+        })
+    }
+}
+
+/// How many of `all` layers for multi-token prediction are part of the world: those that a side asks for.
+fn predictors([source, target]: &[Options; 2], all: u64) -> Result<u64> {
+    let source = source.predictors(all).map_err(|e| e.context("source"))?;
+    let target = target.predictors(all).map_err(|e| e.context("target"))?;
+    match (source, target) {
+        (Some((0, from)), Some((n, to))) if n > 0 => bail!(
+            RS_ERR_INVALID,
+            "target.{to} wants {n} MTP layers and the source holds none: set source.{from}, or leave target.{to} out"
+        ),
+        (Some((held, from)), Some((n, to))) if n > 0 && n != held => {
+            bail!(RS_ERR_INVALID, "source.{from} says {held} MTP layers, target.{to} {n}: they must be equal")
+        }
+        (a, b) => Ok(a.map_or(0, |a| a.0).max(b.map_or(0, |b| b.0))),
+    }
+}
+
+fn side(label: &str, model: &Model, options: Options, target: bool) -> Result<Side> {
+    let parts = match &options {
+        Options::Megatron(o) => megatron::parts(model, o, target),
+        Options::Vllm(o) => vllm::parts(model, o, target),
+        Options::Hf(o) => hf::parts(model, o),
     };
     parts.and_then(|p| Side::new(model, label, p)).map_err(|e: Error| e.context(label))
 }

@@ -3,11 +3,17 @@
 //! Shapes are those of the checkpoint, as the classes of transformers 4.57 create them.
 #![forbid(unsafe_code)]
 
-use super::config::Config;
+pub mod config;
+pub mod list;
+
+use config::Config;
+pub use list::names;
+
 use crate::abi::*;
 use crate::error::{Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
+use std::ops::Range;
 
 /// Where in the model a kind of tensor occurs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -16,6 +22,8 @@ pub enum Part {
     Once,
     /// Once in every layer of a type.
     Layer(LayerType),
+    /// Once in every layer for multi-token prediction, beside what [`Part::Layer`] says of its type.
+    Mtp,
     /// Once for every routed expert of every layer of a type.
     Expert(LayerType),
 }
@@ -27,6 +35,8 @@ pub enum LayerType {
     Dense,
     /// With a router and experts.
     Moe,
+    /// Of the vision tower.
+    Vision,
 }
 
 /// A kind of logical tensor.
@@ -77,6 +87,20 @@ pub struct Heads {
     pub out_bias: bool,
     /// Whether each query head has a sink.
     pub sinks: bool,
+    /// Whether each query head has a gate of its size, whose rows follow the head's own in q_proj.
+    pub gate: bool,
+}
+
+impl Heads {
+    /// Rows of q_proj.
+    pub fn q_rows(&self) -> u64 {
+        (1 + u64::from(self.gate)) * self.q * self.dim
+    }
+
+    /// Rows of q_proj, k_proj and v_proj.
+    pub fn rows(&self) -> u64 {
+        self.q_rows() + 2 * self.kv * self.dim
+    }
 }
 
 /// Multi-head latent attention.
@@ -138,8 +162,45 @@ pub struct Moe {
     pub names: [&'static str; 3],
     /// Whether the router has an e_score_correction_bias.
     pub correction: bool,
+    /// Whether vLLM has the router's weight in fp32.
+    pub fp32_router: bool,
     /// Whether the experts of a layer are one tensor for each projection, transposed and with biases, gate and up by turns.
     pub fused: bool,
+}
+
+/// A vision tower.
+#[derive(Clone, Debug, Serialize)]
+pub struct Vision {
+    /// depth: its layers.
+    pub depth: u64,
+    /// hidden_size.
+    pub hidden: u64,
+    /// num_heads.
+    pub heads: u64,
+    /// intermediate_size.
+    pub ffn: u64,
+    /// What patch_embed reads: in_channels, temporal_patch_size, patch_size twice.
+    pub patch: [u64; 4],
+    /// spatial_merge_size.
+    pub merge: u64,
+    /// out_hidden_size.
+    pub out: u64,
+}
+
+impl Vision {
+    /// Width of the patches that are merged into one.
+    pub fn merged(&self) -> u64 {
+        self.hidden * self.merge * self.merge
+    }
+
+    /// Sizes that tensor parallelism cuts.
+    pub fn cut_sizes(&self) -> [(&'static str, u64); 3] {
+        [
+            ("vision_config.num_heads", self.heads),
+            ("vision_config.intermediate_size", self.ffn),
+            ("vision_config.hidden_size * spatial_merge_size^2", self.merged()),
+        ]
+    }
 }
 
 /// The numbers of a decoder that layouts depend on.
@@ -161,7 +222,13 @@ pub struct Model {
     pub dtype: (u8, u8),
     /// Its experts, if it has any.
     pub moe: Option<Moe>,
-    /// Type of each layer.
+    /// num_hidden_layers.
+    pub text: u64,
+    /// Layers for multi-token prediction that are part of this world.
+    pub mtp: u64,
+    /// Its vision tower, if it has one.
+    pub vision: Option<Vision>,
+    /// Type of each layer: of the decoder, for multi-token prediction, of the vision tower.
     pub layers: Vec<LayerType>,
     /// All kinds, in the order of the model.
     pub kinds: Vec<Kind>,
@@ -169,37 +236,8 @@ pub struct Model {
     firsts: Vec<u64>,
 }
 
-/// Kinds by name; see [`Model::kind`].
-pub mod names {
-    #![allow(missing_docs)] // The names themselves.
-    pub const EMBED: &str = "model.embed_tokens.weight";
-    pub const NORM: &str = "model.norm.weight";
-    pub const HEAD: &str = "lm_head.weight";
-    pub const INPUT_NORM: &str = "input_layernorm.weight";
-    pub const POST_NORM: &str = "post_attention_layernorm.weight";
-    pub const QKV: [&str; 3] = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
-    pub const QKV_BIAS: [&str; 3] = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
-    pub const Q_NORM: &str = "self_attn.q_norm.weight";
-    pub const K_NORM: &str = "self_attn.k_norm.weight";
-    pub const Q: &str = QKV[0];
-    pub const Q_A: &str = "self_attn.q_a_proj.weight";
-    pub const Q_A_NORM: &str = "self_attn.q_a_layernorm.weight";
-    pub const Q_B: &str = "self_attn.q_b_proj.weight";
-    pub const KV_A: &str = "self_attn.kv_a_proj_with_mqa.weight";
-    pub const KV_A_NORM: &str = "self_attn.kv_a_layernorm.weight";
-    pub const KV_B: &str = "self_attn.kv_b_proj.weight";
-    pub const O: &str = "self_attn.o_proj.weight";
-    pub const O_BIAS: &str = "self_attn.o_proj.bias";
-    pub const SINKS: &str = "self_attn.sinks";
-    pub const ROUTER_BIAS: &str = "mlp.router.bias";
-    /// Experts of a layer in one: gate and up, their biases, down, its biases.
-    pub const FUSED: [&str; 4] =
-        ["mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj", "mlp.experts.down_proj_bias"];
-    pub const MLP: [&str; 3] = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"];
-}
-
 /// Architectures that presets know.
-const KNOWN: [&str; 10] = [
+const KNOWN: [&str; 13] = [
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
@@ -210,6 +248,9 @@ const KNOWN: [&str; 10] = [
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "GptOssForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3NextForCausalLM",
 ];
 
 /// Most elements of a tensor, padding included: sums and products with strides stay below 2^63.
@@ -228,23 +269,20 @@ pub const FP32: (u8, u8) = (FLOAT, 32);
 pub const BF16: (u8, u8) = (BFLOAT, 16);
 
 impl Model {
-    /// From a config.json. Members that do not change the layout are ignored; those that would and are not supported are refused by
-    /// name.
-    pub fn new(config: &Map<String, Value>) -> Result<Model> {
-        let architecture = match config.get("architectures").and_then(Value::as_array).map(|a| &a[..]) {
-            Some([Value::String(one)]) => one.clone(),
-            _ => bail!(RS_ERR_INVALID, "model.architectures must be a list of one name, such as {KNOWN:?}"),
-        };
-        if !KNOWN.contains(&architecture.as_str()) {
-            bail!(
-                RS_ERR_UNSUPPORTED,
-                "model.architectures: '{architecture}' has no preset; there are {KNOWN:?}: describe it by tables (rs_layout_t)"
-            );
-        }
-        let c = Config(config);
+    /// From a config.json, with so many of its layers for multi-token prediction. Members that do not change the layout are ignored;
+    /// those that would and are not supported are refused by name.
+    pub fn new(config: &Map<String, Value>, mtp: u64) -> Result<Model> {
+        let architecture = architecture(config)?;
+        let c = Config::new(config, &architecture)?;
         c.refuse(&architecture)?;
         let hidden = c.number("hidden_size")?;
         let moe = c.moe(&architecture)?;
+        let vision = c.vision(&architecture)?;
+        let mut layers = c.layers(&architecture, moe.is_some())?;
+        let text = layers.len() as u64;
+        let last = layers[layers.len() - 1];
+        layers.extend((0..mtp).map(|_| last));
+        layers.extend((0..vision.as_ref().map_or(0, |v| v.depth)).map(|_| LayerType::Vision));
         let mut model = Model {
             hidden,
             attention: c.attention(&architecture, hidden)?,
@@ -252,13 +290,16 @@ impl Model {
             vocab: c.number("vocab_size")?,
             tied: c.flag("tie_word_embeddings")?,
             dtype: c.dtype()?,
-            layers: c.layers(&architecture, moe.is_some())?,
+            text,
+            mtp,
+            layers,
             moe,
+            vision,
             kinds: vec![],
             firsts: vec![],
             architecture,
         };
-        model.kinds = model.list();
+        model.kinds = list::kinds(&model);
         for k in &model.kinds {
             let elements = k.shape.iter().try_fold(1u64, |n, &e| n.checked_mul(e)).filter(|&n| n <= MOST_ELEMENTS);
             if elements.is_none() {
@@ -266,9 +307,9 @@ impl Model {
             }
         }
         let mut next = model.count(Part::Once);
-        for layer in &model.layers {
+        for layer in 0..model.layers.len() as u64 {
             model.firsts.push(next);
-            next += model.count(Part::Layer(*layer)) + model.experts() * model.count(Part::Expert(*layer));
+            next += model.own(layer) + model.experts() * model.count(Part::Expert(model.layer(layer)));
         }
         if next > u64::from(u32::MAX) {
             bail!(RS_ERR_INVALID, "model has {next} tensors; at most 2^32 are possible");
@@ -276,91 +317,33 @@ impl Model {
         Ok(model)
     }
 
-    fn list(&self) -> Vec<Kind> {
-        use names::*;
-        let h = self.hidden;
-        let mut kinds = vec![];
-        let mut add =
-            |part: Part, name: String, shape: &[u64], fp32: bool| kinds.push(Kind { name, shape: shape.to_vec(), part, fp32 });
-        add(Part::Once, EMBED.into(), &[self.vocab, h], false);
-        add(Part::Once, NORM.into(), &[h], false);
-        if !self.tied {
-            add(Part::Once, HEAD.into(), &[self.vocab, h], false);
+    /// Type of a layer.
+    pub fn layer(&self, layer: u64) -> LayerType {
+        self.layers[layer as usize]
+    }
+
+    /// The layers for multi-token prediction.
+    pub fn mtp_layers(&self) -> Range<u64> {
+        self.text..self.text + self.mtp
+    }
+
+    /// The layers of the vision tower.
+    pub fn vision_layers(&self) -> Range<u64> {
+        self.text + self.mtp..self.layers.len() as u64
+    }
+
+    /// Number of a layer's tensors that are no expert's.
+    fn own(&self, layer: u64) -> u64 {
+        let mtp = if self.mtp_layers().contains(&layer) { self.count(Part::Mtp) } else { 0 };
+        self.count(Part::Layer(self.layer(layer))) + mtp
+    }
+
+    /// What a layer's names begin with.
+    pub fn prefix(&self, layer: u64) -> String {
+        match self.vision_layers() {
+            vision if vision.contains(&layer) => format!("visual.blocks.{}.", layer - vision.start),
+            _ => format!("model.layers.{layer}."),
         }
-        for layer in [LayerType::Dense, LayerType::Moe] {
-            if !self.layers.contains(&layer) {
-                continue;
-            }
-            let mut put = |name: &str, shape: &[u64]| add(Part::Layer(layer), name.into(), shape, false);
-            put(INPUT_NORM, &[h]);
-            match &self.attention {
-                Attention::Grouped(a) => {
-                    for (i, rows) in [a.q * a.dim, a.kv * a.dim, a.kv * a.dim].into_iter().enumerate() {
-                        put(QKV[i], &[rows, h]);
-                        if a.bias {
-                            put(QKV_BIAS[i], &[rows]);
-                        }
-                    }
-                    if a.norm {
-                        put(Q_NORM, &[a.dim]);
-                        put(K_NORM, &[a.dim]);
-                    }
-                }
-                Attention::Latent(a) => {
-                    let [nope, rope, v] = a.dims;
-                    match a.q_lora {
-                        Some(rank) => {
-                            put(Q_A, &[rank, h]);
-                            put(Q_A_NORM, &[rank]);
-                            put(Q_B, &[a.heads * (nope + rope), rank]);
-                        }
-                        None => put(Q, &[a.heads * (nope + rope), h]),
-                    }
-                    put(KV_A, &[a.kv_lora + rope, h]);
-                    put(KV_A_NORM, &[a.kv_lora]);
-                    put(KV_B, &[a.heads * (nope + v), a.kv_lora]);
-                }
-            }
-            put(O, &[h, self.attention.out()]);
-            if let Attention::Grouped(a) = &self.attention {
-                if a.out_bias {
-                    put(O_BIAS, &[h]);
-                }
-                if a.sinks {
-                    put(SINKS, &[a.q]);
-                }
-            }
-            put(POST_NORM, &[h]);
-            let Some(moe) = self.moe.as_ref().filter(|_| layer == LayerType::Moe) else {
-                for (name, shape) in MLP.into_iter().zip([[self.ffn, h], [self.ffn, h], [h, self.ffn]]) {
-                    put(name, &shape);
-                }
-                continue;
-            };
-            put(&moe.router(), &[moe.experts, h]);
-            if moe.fused {
-                put(ROUTER_BIAS, &[moe.experts]);
-                let (e, f) = (moe.experts, moe.ffn);
-                let shapes: [&[u64]; 4] = [&[e, h, 2 * f], &[e, 2 * f], &[e, f, h], &[e, h]];
-                FUSED.iter().zip(shapes).for_each(|(name, shape)| put(name, shape));
-                continue;
-            }
-            if moe.shared > 0 {
-                for (name, shape) in moe.shared_names().iter().zip([[moe.shared, h], [moe.shared, h], [h, moe.shared]]) {
-                    put(name, &shape);
-                }
-            }
-            if moe.shared_gate {
-                put(&moe.shared_gate_name(), &[1, h]);
-            }
-            if moe.correction {
-                add(Part::Layer(layer), moe.correction_name(), &[moe.experts], true);
-            }
-            for (name, shape) in moe.expert_names().into_iter().zip([[moe.ffn, h], [moe.ffn, h], [h, moe.ffn]]) {
-                add(Part::Expert(layer), name, &shape, false);
-            }
-        }
-        kinds
     }
 
     /// Index of a kind of this model.
@@ -403,6 +386,7 @@ impl Model {
         let times = |k: &Kind| match k.part {
             Part::Once => 1,
             Part::Layer(t) => layers(t),
+            Part::Mtp => self.mtp,
             Part::Expert(t) => layers(t) * self.experts(),
         };
         self.kinds.iter().map(|k| times(k) * k.shape.iter().product::<u64>()).sum()
@@ -414,8 +398,9 @@ impl Model {
         let ordinal = match self.kinds[id.kind].part {
             Part::Once => place,
             Part::Layer(_) => self.firsts[id.layer as usize] + place,
+            Part::Mtp => self.firsts[id.layer as usize] + self.count(Part::Layer(self.layer(id.layer))) + place,
             Part::Expert(t) => {
-                let first = self.firsts[id.layer as usize] + self.count(Part::Layer(t));
+                let first = self.firsts[id.layer as usize] + self.own(id.layer);
                 first + u64::from(id.expert) * self.count(Part::Expert(t)) + place
             }
         };
@@ -428,8 +413,8 @@ impl Model {
         let k = &self.kinds[id.kind];
         match k.part {
             Part::Once => k.name.clone(),
-            Part::Layer(_) => format!("model.layers.{}.{}", id.layer, k.name),
-            Part::Expert(_) => format!("model.layers.{}.{}", id.layer, k.name.replace("{}", &id.expert.to_string())),
+            Part::Layer(_) | Part::Mtp => self.prefix(id.layer) + &k.name,
+            Part::Expert(_) => self.prefix(id.layer) + &k.name.replace("{}", &id.expert.to_string()),
         }
     }
 
@@ -438,7 +423,8 @@ impl Model {
         let of = move |part: Part| (0..self.kinds.len()).filter(move |&k| self.kinds[k].part == part);
         let layer = move |(layer, &t): (usize, &LayerType)| {
             let layer = layer as u64;
-            let own = of(Part::Layer(t)).map(move |kind| Id { kind, layer, expert: 0 });
+            let mtp = self.mtp_layers().contains(&layer);
+            let own = of(Part::Layer(t)).chain(of(Part::Mtp).filter(move |_| mtp)).map(move |kind| Id { kind, layer, expert: 0 });
             let experts =
                 (0..self.experts() as u32).flat_map(move |expert| of(Part::Expert(t)).map(move |kind| Id { kind, layer, expert }));
             own.chain(experts)
@@ -447,31 +433,19 @@ impl Model {
     }
 }
 
-impl Moe {
-    /// Name of the router's weight.
-    pub fn router(&self) -> String {
-        format!("{}.{}.weight", self.block, if self.fused { "router" } else { "gate" })
+/// `architectures[0]`, if there is a preset for it.
+pub fn architecture(config: &Map<String, Value>) -> Result<String> {
+    let architecture = match config.get("architectures").and_then(Value::as_array).map(|a| &a[..]) {
+        Some([Value::String(one)]) => one.clone(),
+        _ => bail!(RS_ERR_INVALID, "model.architectures must be a list of one name, such as {KNOWN:?}"),
+    };
+    if !KNOWN.contains(&architecture.as_str()) {
+        bail!(
+            RS_ERR_UNSUPPORTED,
+            "model.architectures: '{architecture}' has no preset; there are {KNOWN:?}: describe it by tables (rs_layout_t)"
+        );
     }
-
-    /// Name of the router's e_score_correction_bias.
-    pub fn correction_name(&self) -> String {
-        format!("{}.gate.e_score_correction_bias", self.block)
-    }
-
-    /// Names of the shared experts' projections.
-    pub fn shared_names(&self) -> [String; 3] {
-        names::MLP.map(|n| n.replacen("mlp.", &format!("{}.{}.", self.block, self.shared_name), 1))
-    }
-
-    /// Name of the shared expert's gate.
-    pub fn shared_gate_name(&self) -> String {
-        format!("{}.{}_gate.weight", self.block, self.shared_name)
-    }
-
-    /// Names of an expert's projections, `{}` being its number.
-    pub fn expert_names(&self) -> [String; 3] {
-        self.names.map(|n| format!("{}.experts.{{}}.{n}", self.block))
-    }
+    Ok(architecture)
 }
 
 /// DLPack code and bits of a dtype's name in PyTorch.
