@@ -150,6 +150,9 @@ pub struct Parts {
     /// What is stripped from the front of a bound name, as often as it stands there.
     #[serde(skip)]
     pub strip: &'static str,
+    /// Patterns of names that are other names of parameters' memory, and so left out.
+    #[serde(skip)]
+    pub views: &'static [&'static str],
     /// Parts of names that other versions have, and what stands here instead: the first that a name has is replaced once.
     #[serde(skip)]
     pub renamed: &'static [(&'static str, &'static str)],

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-PARTS = ("goldens", "vectors", "expert_vectors", "refusals", "published", "changes", "mindspeed", "gpt_oss", "matrix", "random_worlds")
+PARTS = ("goldens", "vectors", "expert_vectors", "refusals", "published", "changes", "mindspeed", "golden_files", "newer", "matrix", "random_worlds")
 
 
 def main():

@@ -246,24 +246,62 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
     return ranks
 
 
-def from_hugging_face(model, target):
-    """Memory of the target's ranks, which are 1 and up, after a sync from rank 0, which has the whole tensors: by rank, chunk and name.
+def from_hugging_face(model, target, rename=lambda name: name):
+    """Memory of the target's ranks, which are 1 and up, after a sync from rank 0, which has the whole tensors, bound as `rename` says: by
+    rank, chunk and name.
 
     Knows no layout: buffers have the shapes that the preset asks for.
     """
-    spec = {"model": model, "source": {"framework": "hf", "ranks": [0]}, "target": target}
-    world, hub, memory = 1 + len(target["ranks"]), next(hubs), {}
+    memory = {}
+
+    def array_of(rank, param):
+        if rank == 0:
+            return param["name"], whole(param)
+        memory[rank, param["chunk"], param["name"]] = array = np.full(param["shape"], POISON, kind_of(param))
+        return param["name"], array
+
+    between(model, target, False, array_of, rename)
+    return memory
+
+
+def to_hugging_face(model, source, memory):
+    """Checks that rank 0 gets the whole tensors from a source's ranks, which are 1 and up and have `memory`; answers how many."""
+    tensors = {}
+
+    def array_of(rank, param):
+        if rank:
+            return param["name"], memory[rank, param["chunk"], param["name"]]
+        tensors[param["name"]] = np.full(param["shape"], POISON, kind_of(param)), whole(param)
+        return param["name"], tensors[param["name"]][0]
+
+    between(model, source, True, array_of)
+    for name, (have, want) in tensors.items():
+        check((have == want).all(), name, "did not come back")
+    return len(tensors)
+
+
+def between(model, side, is_source, array_of, rename=lambda name: name):
+    """Syncs between a side on ranks 1 and up and whole tensors on rank 0, bound as `rename` says."""
+    hf = {"framework": "hf", "ranks": [0]}
+    spec = {"model": model, "source": side if is_source else hf, "target": hf if is_source else side}
+
+    def renamed(rank, param):
+        name, array = array_of(rank, param)
+        return name if rank else rename(name), array
+
+    sync_once(spec, 1 + len(side["ranks"]), renamed)
+
+
+def sync_once(spec, world, array_of):
+    """A sync of parameters that the presets list; `array_of(rank, param)`: the name to bind, and its memory."""
+    hub = next(hubs)
 
     def work(rank):
         comm = LoopbackComm(hub, rank, world)
         preset = reshard.Preset(spec, rank)
         for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
-            array = np.full(p["shape"], POISON, np.uint16)
-            if rank == 0:
-                array[...] = oracle.values(p["name"], array.size).reshape(array.shape)
-            else:
-                memory[rank, p["chunk"], p["name"]] = array
-            preset.bind(p["name"], array, TARGET if rank else SOURCE, chunk=p["chunk"])
+            name, array = array_of(rank, p)
+            preset.bind(name, array, p["role"], [p["dtype"][x] for x in ("code", "bits", "lanes")], p["chunk"])
         container = reshard.Container(preset, comm, f"rank {rank}", TIMEOUT_MS)
         container.connect()
         container.sync(1)
@@ -271,7 +309,17 @@ def from_hugging_face(model, target):
             handle.close()
 
     on_threads(range(world), work)
-    return memory
+
+
+def kind_of(param):
+    return {16: np.uint16, 32: np.uint32}[param["dtype"]["bits"]]
+
+
+def whole(param):
+    """A whole Hugging Face tensor; of fp32 the upper half, as the oracle has it."""
+    kind = kind_of(param)
+    bits = oracle.values(param["name"], int(np.prod(param["shape"]))).astype(kind).reshape(param["shape"])
+    return bits << 16 if kind == np.uint32 else bits
 
 
 def check_plan(plan, rank, expected):
