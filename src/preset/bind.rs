@@ -104,7 +104,51 @@ pub struct Preset {
     expected: Vec<Expected>,
     /// Place in `expected` by side, chunk and name.
     index: HashMap<(usize, u32, String), usize>,
+    /// Names and addresses of what was left out as another name of a parameter's memory.
+    views: Vec<(String, u64)>,
 }
+
+/// Memory beside the parameters that no checkpoint has: what is computed from the config, scales of the KV cache, where experts are and
+/// how often they were chosen.
+const IGNORED: [&str; 15] = [
+    "*rotary_emb.inv_freq",
+    "*rotary_pos_emb.inv_freq",
+    "*.k_scale",
+    "*.v_scale",
+    "*.q_scale",
+    "*.prob_scale",
+    "*._k_scale",
+    "*._v_scale",
+    "*._q_scale",
+    "*._prob_scale",
+    "*.expert_map",
+    "*._expert_map",
+    "*.expert_load_view",
+    "*.logical_to_physical_map",
+    "*.logical_replica_count",
+];
+
+/// Ends of the names of parameters that only quantised modules have; before them may stand `w13_` and `w2_`.
+const OF_QUANTISED: [&str; 14] = [
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_packed",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "input_scale",
+    "input_scale_inv",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_offset",
+];
+
+/// What is to be done about them.
+const QUANTISED: &str =
+    "quantised and private layouts are not built: use the engine's own load_weights for this model, or load it unquantised";
 
 const ROLES: [u32; 2] = [RS_SOURCE, RS_TARGET];
 const ROLE_NAMES: [&str; 2] = ["source", "target"];
@@ -143,7 +187,7 @@ impl Preset {
         }
         expected.extend(unused);
         let index = expected.iter().enumerate().map(|(i, e)| ((e.side, e.chunk, e.name.clone()), i)).collect();
-        Preset { world, rank, expected, index }
+        Preset { world, rank, expected, index, views: vec![] }
     }
 
     /// The world.
@@ -206,6 +250,7 @@ impl Preset {
                     ),
                 }
             }
+            other.views = self.views.clone();
             return Ok(Some(other));
         }
         Ok(None)
@@ -226,8 +271,20 @@ impl Preset {
         }
         let sides = (0..2).filter(|&s| b.role & ROLES[s] != 0);
         let found: Vec<Option<usize>> = sides.clone().map(|s| self.find(s, b)).collect();
-        if found.iter().all(Option::is_none) && self.world.spec.ignore.iter().any(|p| matches(p, b.name)) {
-            return Ok(());
+        let views = |side: usize| self.world.sides()[side].parts.views;
+        let left_out = |p: &str| matches(p, b.name);
+        if found.iter().all(Option::is_none) {
+            if self.world.spec.ignore.iter().any(|p| left_out(p)) || IGNORED.iter().any(|p| left_out(p)) {
+                return Ok(());
+            }
+            if sides.clone().all(|s| views(s).iter().any(|p| left_out(p))) {
+                self.views.retain(|v| v.0 != b.name);
+                self.views.push((b.name.to_string(), b.addr));
+                return Ok(());
+            }
+        }
+        if found.contains(&None) && quantised(b.name) {
+            bail!(RS_ERR_UNSUPPORTED, "'{}': only quantised modules have such a parameter; {QUANTISED}", b.name);
         }
         if let Some(mark) = ["lora_A", "lora_B", ".base_layer."].iter().find(|mark| b.name.contains(**mark)) {
             bail!(
@@ -285,6 +342,10 @@ impl Preset {
 
     fn check(&self, e: &Expected, b: &Bind<'_>) -> Result<()> {
         let role = ROLE_NAMES[e.side];
+        // DLPack: 0 and 1 are integers, 7 and up floats of at most 8 bits.
+        if b.dtype.code >= 7 || (b.dtype.code <= 1 && b.dtype.bits <= 8) {
+            bail!(RS_ERR_UNSUPPORTED, "{role} '{}': dtype (code {}, bits {}); {QUANTISED}", e.name, b.dtype.code, b.dtype.bits);
+        }
         if b.shape != e.shape {
             bail!(RS_ERR_LAYOUT, "{role} '{}': the spec says shape {:?}, bound was {:?}", e.name, e.shape, b.shape);
         }
@@ -330,6 +391,13 @@ impl Preset {
         let missing: Vec<String> = self.expected.iter().filter(|e| e.used && e.memory.is_none()).map(shown).collect();
         if !missing.is_empty() {
             bail!(RS_ERR_STATE, "rank {}: {} parameters are not bound: {}", self.rank, missing.len(), missing.join(", "));
+        }
+        let bound = || self.expected.iter().filter_map(|e| e.memory);
+        if let Some((name, _)) = self.views.iter().find(|v| !bound().any(|m| (m.addr..m.addr + m.bytes).contains(&v.1))) {
+            bail!(
+                RS_ERR_LAYOUT,
+                "'{name}' lies in no parameter's memory, so it is no view that changes with one: say mla_derived_weights \"copies\""
+            );
         }
         let mut out = Rows::default();
         let mut rows: HashMap<u32, u32> = HashMap::new();
@@ -406,6 +474,13 @@ fn tensors(world: &World, slot: &Slot, param: &Param) -> Vec<String> {
     let mut out: Vec<String> = ids.map(|id| world.model().name(id)).collect();
     out.dedup();
     out
+}
+
+/// Whether only a quantised module has such a name.
+fn quantised(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    let last = last.strip_prefix("w13_").or(last.strip_prefix("w2_")).unwrap_or(last);
+    OF_QUANTISED.contains(&last)
 }
 
 fn shown(e: &Expected) -> String {

@@ -62,6 +62,7 @@ pub fn parts(model: &Model, options: &Options) -> Result<Parts> {
         stages: vec![slots],
         unused: vec![],
         strip: "",
+        views: &[],
         // As newer releases of transformers write a model with a vision tower.
         renamed: if model.vision.is_some() { &[("model.language_model.", "model."), ("model.visual.", "visual.")] } else { &[] },
     })

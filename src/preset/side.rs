@@ -162,6 +162,9 @@ pub struct Parts {
     /// What is stripped from the front of a bound name, as often as it stands there.
     #[serde(skip)]
     pub strip: &'static str,
+    /// Patterns of names that are other names of parameters' memory, and so left out.
+    #[serde(skip)]
+    pub views: &'static [&'static str],
     /// Parts of names that other versions have, and what stands here instead: the first that a name has is replaced once.
     #[serde(skip)]
     pub renamed: &'static [(&'static str, &'static str)],
@@ -215,6 +218,9 @@ impl Side {
 
     /// As a target: what is added to norms, or taken away, where the source centres them another way.
     pub fn center_norms(&mut self, model: &Model, source_is_zero_centered: bool) {
+        if model.has_zero_centered_norms() {
+            return;
+        }
         let transform = match (source_is_zero_centered, self.parts.zero_centered) {
             (true, false) => RS_TRANSFORM_PLUS_ONE,
             (false, true) => RS_TRANSFORM_MINUS_ONE,

@@ -31,11 +31,13 @@ const MEGATRON: &[Open] = &[
     Open { members: &["mla_down_proj_cut"], choices: &[Flag(false), Flag(true)] },
     Open { members: &["mla_weights"], choices: &[Text("core"), Text("mindspeed"), Text("mindspeed_qb")] },
     Open { members: &["mla_mm_split"], choices: &[Flag(false), Flag(true)] },
+    Open { members: &["mla_down_proj_fusion"], choices: &[Flag(false), Flag(true)] },
 ];
 
 const VLLM: &[Open] = &[
     Open { members: &["shared_experts"], choices: &[Text("cut"), Text("whole")] },
     Open { members: &["expert_storage"], choices: &[Text("stacked"), Text("stacked_transposed")] },
+    Open { members: &["fused_qkv_a_proj"], choices: &[Flag(false), Flag(true)] },
 ];
 
 /// Members that give the padded size of the vocabulary, the first as a number of rows.
@@ -183,7 +185,17 @@ mod tests {
         let left = Left::new("megatron", given.as_object().unwrap());
         let others = Variants::default().others(0, &left, Some(128));
         let shown: Vec<String> = others.iter().map(|v| v.shown(0, &left)).collect();
-        assert_eq!(shown, ["mla_down_proj_cut false", "mla_down_proj_cut true", "mla_mm_split false", "mla_mm_split true"]);
+        assert_eq!(
+            shown,
+            [
+                "mla_down_proj_cut false",
+                "mla_down_proj_cut true",
+                "mla_mm_split false",
+                "mla_mm_split true",
+                "mla_down_proj_fusion false",
+                "mla_down_proj_fusion true"
+            ]
+        );
         assert!(Variants::default().others(0, &Left::new("hf", &Map::new()), Some(8)).is_empty());
         let open = Left::new("vllm", &Map::new());
         let rows = Variants::default().others(1, &open, Some(70_000)).pop().unwrap();
@@ -196,7 +208,7 @@ mod tests {
     fn ranks_must_agree() {
         let left = Left::new("vllm", &Map::new());
         let all = Variants::default().others(1, &left, Some(128));
-        let (cut, stacked, rows) = (all[0], all[2], all[4]);
+        let (cut, stacked, rows) = (all[0], all[2], all[6]);
         let none = Variants::default();
         let union = Variants::of_all([(0, none), (1, cut), (2, stacked), (3, rows), (4, cut)].into_iter(), [&left; 2]).unwrap();
         assert_eq!(union.shown(1, &left), "shared_experts \"cut\", expert_storage \"stacked\", padded_vocab_size 128");

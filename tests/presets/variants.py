@@ -36,6 +36,9 @@ CASES = [
     (MLA, "vllm", 2, VLLM2, {"shared_experts": "whole"}),
     (MLA, "vllm", 4, VLLM2 | {"data_parallel_size": 2, "enable_expert_parallel": True}, {"shared_experts": "cut"}),
     (SQUARE, "vllm", 2, VLLM2, {"expert_storage": "stacked_transposed"}),
+    (MLA, "vllm", 2, VLLM2, {"fused_qkv_a_proj": False}),
+    (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True}),
+    (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True, "mla_down_proj_cut": True}),
     (SQUARE, "vllm", 2, VLLM2 | {"enable_expert_parallel": True}, {"expert_storage": "stacked_transposed", "padded_vocab_size": 30}),
 ]  # fmt: skip
 

@@ -216,6 +216,7 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
         sections,
         unused: if target { vec![] } else { copies },
         strip: "module.",
+        views: &[],
         // From Megatron-core 0.17.1.
         renamed: &[(".mtp_model_layer.", ".transformer_layer.")],
     })

@@ -346,6 +346,11 @@ impl Model {
         }
     }
 
+    /// Whether the checkpoint's norms are zero-centred, and so those of all frameworks.
+    pub fn has_zero_centered_norms(&self) -> bool {
+        self.architecture.starts_with("Qwen3Next")
+    }
+
     /// Index of a kind of this model.
     pub fn kind(&self, part: Part, name: &str) -> usize {
         // Callers name what the model has: their own tables come from the same numbers.

@@ -172,6 +172,10 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
         sections,
         unused: vec![],
         strip: "",
+        views: match o.mla_derived_weights {
+            Derived::Views => &["*.W_UV", "*.W_UK_T"],
+            Derived::Copies => &[],
+        },
         // Before 0.24.
         renamed: &[
             (".experts.w13_weight", ".experts.routed_experts.w13_weight"),
