@@ -238,26 +238,35 @@ pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
 ///  "ranks_per_host": 8, "link_gb_per_s": {"same_host": 100, "network": 25}, "ignore": ["*.rotary_emb.inv_freq"]}
 /// ```
 ///
-/// `model` is the model's own config.json: Llama, Mistral, Qwen2 and Qwen3 (...ForCausalLM), with experts Mixtral, Qwen2Moe, Qwen3Moe,
-/// DeepseekV2, DeepseekV3 and GptOss. `ranks` are ranks of the communicator, in the framework's own order, as text or as a list; both
-/// sides may have the same. Either side may be any framework, and of another dtype: its elements are cast. Members bear the framework's
-/// own names and have its defaults:
+/// `model` is the model's own config.json: Llama, Mistral, Qwen2 and Qwen3 (...ForCausalLM), with experts Mixtral, Qwen2Moe,
+/// Qwen3Moe, DeepseekV2, DeepseekV3, GptOss, Glm4Moe and Qwen3Next (full_attention alone), with a vision tower
+/// Qwen2_5_VLForConditionalGeneration. `ranks` are ranks of the communicator, in the framework's own order, as text or as a
+/// list; both sides may have the same. Either side may be any framework, and of another dtype: its elements are cast. Members
+/// bear the framework's own names and have its defaults:
 ///
 /// - megatron: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size, context_parallel_size,
 ///   data_parallel_size, use_tp_pp_dp_mapping, transformer_impl ("transformer_engine" or "local"),
 ///   num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage, account_for_embedding_in_pipeline_split,
 ///   account_for_loss_in_pipeline_split, pipeline_model_parallel_layout, make_vocab_size_divisible_by, padded_vocab_size,
-///   params_dtype, layernorm_zero_centered_gamma, expert_model_parallel_size, expert_tensor_parallel_size, moe_grouped_gemm,
-///   moe_use_legacy_grouped_gemm; MindSpeed's num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method
-///   ("dualpipev"). Ours: mla_down_proj_cut, whether MLA's down projections are cut (default: with local layers), and mla_weights, whose
-///   names MLA has ("core", "mindspeed", "mindspeed_qb"). data_parallel_size follows from the ranks.
+///   params_dtype, layernorm_zero_centered_gamma, mtp_num_layers, expert_model_parallel_size, expert_tensor_parallel_size,
+///   moe_grouped_gemm, moe_use_legacy_grouped_gemm, moe_single_grouped_weight, mla_down_proj_fusion; MindSpeed's
+///   num_layer_list, noop_layers, moe_tp_extend_ep, mla_mm_split and schedules_method ("dualpipev"). Ours: mla_down_proj_cut,
+///   whether MLA's down projections are cut (default: with local layers), mla_weights, whose names MLA has ("core",
+///   "mindspeed", "mindspeed_qb"), vision_names, whose names a model with a vision tower has ("mbridge", "mindspeed_mm",
+///   "megatron_bridge"), and with MindSpeed-MM's vision_num_layer_list, the vision tower's layers of each stage.
+///   data_parallel_size follows from the ranks.
 /// - vllm: tensor_parallel_size, pipeline_parallel_size, data_parallel_size, VLLM_PP_LAYER_PARTITION, dtype,
-///   enable_expert_parallel, expert_placement_strategy. Ours: vocab_padding_size (64); padded_vocab_size; shared_experts
-///   ("cut" or "whole", as with vllm-ascend's enable_shared_expert_dp; default: as vLLM has them); replicas, independent
-///   engines, each an equal block of `ranks`; physical_to_logical_map: with redundant experts, a list for each layer that has
-///   any; expert_storage: how w13 and w2 lie after loading, "stacked", "stacked_swapped" (up before gate) or
-///   "stacked_transposed" (vllm-ascend).
+///   enable_expert_parallel, expert_placement_strategy, mm_encoder_tp_mode ("weights" or "data"). Ours: vocab_padding_size
+///   (64); padded_vocab_size; shared_experts ("cut" or "whole", as with vllm-ascend's enable_shared_expert_dp; default: as vLLM
+///   has them); replicas, independent engines, each an equal block of `ranks`; physical_to_logical_map: with redundant experts,
+///   a list for each layer that has any; expert_storage: how w13 and w2 lie after loading, "stacked", "stacked_swapped" (up
+///   before gate) or "stacked_transposed" (vllm-ascend); mtp_drafter, whether the drafter's parameters, which are in model
+///   chunk 1, are there; mla_derived_weights, whether W_UK_T and W_UV are "views" of kv_b_proj, which are left out, or "copies"
+///   (vllm-ascend), which are written; fused_qkv_a_proj (true).
 /// - hf: whole Hugging Face tensors on each rank; dtype.
+///
+/// Layers for multi-token prediction are part of the world if a side asks for them; both sides that do must hold equally many, and a
+/// target's come from a source that holds them. The drafter shares the main model's embedding and has no parameter for it.
 ///
 /// The last three members of the example may be left out: ranks_per_host and link_gb_per_s are for rs_preset_describe() only, ignore
 /// is for rs_preset_bind().
@@ -289,16 +298,17 @@ pub unsafe extern "C" fn rs_preset_create(spec_json: *const c_char, rank: i32, o
 /// parameter that the spec says this rank has must be bound before the preset is used; rs_preset_describe() lists them.
 ///
 /// A framework's release or patch may hold a tensor in another way than the default. Where the spec does not give the member that says
-/// how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_weights, mla_mm_split and the
-/// padded vocabulary of megatron; expert_storage, shared_experts and the padded vocabulary of vllm. So a rank's parameters may be bound
-/// in any order, but describe tells the final names and shapes only afterwards; connect tells other ranks what was found. A tensor whose
-/// axes were permuted, with the strides that this gives, is bound by how it lies in memory.
+/// how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_down_proj_fusion, mla_weights,
+/// mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj and the padded vocabulary of vllm. So a rank's parameters may be bound
+/// in any order, but describe tells the final names and shapes only afterwards; connect tells other ranks what was found.
 ///
 /// - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
 ///
 /// Local; one thread at a time. Errors: RS_ERR_NOT_FOUND (no such parameter on this rank: tells the nearest names; or add it to the
-/// spec's `ignore`, where a `*` stands for anything: then it is left out), RS_ERR_LAYOUT (another shape, dtype or strides than any
-/// value of the spec says: tells them), RS_ERR_UNSUPPORTED (LoRA's parameters), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_BUSY.
+/// spec's `ignore`, where a `*` stands for anything: then it is left out, as rotary inv_freq, scales of the KV cache, expert
+/// maps and loads are in any case), RS_ERR_LAYOUT (another shape, dtype or strides than any value of the spec says: tells
+/// them), RS_ERR_UNSUPPORTED (LoRA's parameters, and those of quantised modules), RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD,
+/// RS_ERR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_preset_bind(preset: *mut rs_preset_t, bind: *const rs_bind_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.

@@ -39,7 +39,6 @@ struct Memory {
 }
 
 /// A parameter as the caller binds it.
-#[derive(Clone)]
 pub struct Bind<'a> {
     /// The framework's name.
     pub name: &'a str,
@@ -61,24 +60,6 @@ pub struct Bind<'a> {
     pub shape: Vec<i64>,
     /// Strides in elements; `None`: dense.
     pub strides: Option<Vec<i64>>,
-}
-
-impl Bind<'_> {
-    /// A dense tensor whose axes were permuted, as transposing does, with its axes in the order of memory.
-    fn densely(&self) -> Self {
-        let mut out = self.clone();
-        let Some(strides) = self.strides.as_ref().filter(|s| s.len() == self.shape.len()) else { return out };
-        if (0..strides.len()).all(|i| self.shape[i] == 1 || strides[i] == dense(&self.shape)[i]) {
-            return out;
-        }
-        let mut order: Vec<usize> = (0..strides.len()).collect();
-        order.sort_by_key(|&i| std::cmp::Reverse(if self.shape[i] > 1 { strides[i] } else { i64::MAX }));
-        let shape: Vec<i64> = order.iter().map(|&i| self.shape[i]).collect();
-        if (0..order.len()).all(|i| shape[i] == 1 || strides[order[i]] == dense(&shape)[i]) {
-            (out.shape, out.strides) = (shape, None);
-        }
-        out
-    }
 }
 
 /// One rank's tables, as rows.
@@ -202,7 +183,6 @@ impl Preset {
 
     /// Gives a parameter its memory, or other memory than it had. One that does not fit may tell what the spec left open.
     pub fn bind(&mut self, b: &Bind<'_>) -> Result<()> {
-        let b = &b.densely();
         let Err(first) = self.bind_as_is(b) else { return Ok(()) };
         let mut tried = vec![];
         for side in (0..2).filter(|&s| b.role & ROLES[s] != 0) {

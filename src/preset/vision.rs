@@ -36,7 +36,7 @@ pub const VLLM: Names = Names {
 /// In a layer of Megatron's.
 const MEGATRON: [&str; 4] = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"];
 
-/// mbridge's, whose layers are Transformer-Engine's.
+/// mbridge's, with Transformer-Engine's layers.
 pub const MBRIDGE: Names = Names {
     patch: "vision_model.patch_embed.proj.weight",
     layers: "vision_model.decoder.layers.",
@@ -46,6 +46,9 @@ pub const MBRIDGE: Names = Names {
     merger: ["vision_model.projection.encoder.linear_fc1", "vision_model.projection.encoder.linear_fc2"],
     grouped: true,
 };
+
+/// The same with local layers.
+pub const MBRIDGE_LOCAL: Names = Names { norms: MINDSPEED.norms, ..MBRIDGE };
 
 /// MindSpeed-MM's, whose layers are local.
 pub const MINDSPEED: Names = Names {

@@ -52,8 +52,10 @@ class MegatronRank:
             for local, layer in enumerate(slots):
                 if layer is not None:
                     self.layer(f"{self.prefix}decoder.layers.{local}.", layer)
-            if here == last:
+            # With layers for multi-token prediction, the norm is where the last layer is.
+            if model.layers - 1 in slots if predictions else here == last:
                 self.add(self.prefix + "decoder.final_layernorm.weight", model["model.norm.weight"], "model.norm.weight")
+            if here == last:
                 if not model.tied or pp > 1:
                     head = vocabulary(model[model.head_name], padded, tp, self.r)
                     required = role == "target" or not model.tied

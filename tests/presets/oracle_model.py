@@ -159,6 +159,7 @@ def asked_layers(config, side):
     most = config.get("num_nextn_predict_layers") or 0
     if side["framework"] == "megatron":
         need((side.get("mtp_num_layers") or 0) <= most, "mtp_num_layers")
+        need(not side.get("mtp_num_layers") or not side.get("noop_layers"), "noop_layers")  # MindSpeed's MTP is another
         return side.get("mtp_num_layers") or 0
     if side["framework"] == "vllm":
         need(most or not side.get("mtp_drafter"), "mtp_drafter")

@@ -15,6 +15,9 @@ def vision_stages(model, side, chunks):
     need(not sizes or (names == "mindspeed_mm" and chunks == 1 and len(sizes) == pp), "vision_num_layer_list")
     if not model.vision:
         return names, []
+    if names == "mindspeed_mm":  # which has lists of layers
+        need(chunks == 1, "virtual_pipeline_model_parallel_size")
+        need("pipeline_model_parallel_layout" not in side, "pipeline_model_parallel_layout")
     need(not sizes or sum(sizes) == model.vision.depth, "vision_num_layer_list")
     of = iter(range(model.vision.depth))
     return names, [[next(of) for _ in range(size)] for size in sizes or [model.vision.depth] + [0] * (pp - 1)]

@@ -184,9 +184,9 @@ class VllmRank:
         ranks, mine = self.dp * self.tp, self.data_rank * self.tp + self.r
         of, index, held = ranks, mine, range(model.experts)
         if self.parallel:
-            drafter = self.number >= model.layers  # which knows no other placement than the linear one
+            drafter = self.number >= model.layers  # for whose experts a map has no list
             at = None if drafter else model.moe_layers.index(self.number)
-            held = expert_slots({} if drafter else self.side, model.experts, ranks, at)[mine]
+            held = expert_slots({**self.side, "physical_to_logical_map": None} if drafter else self.side, model.experts, ranks, at)[mine]
             of, index = 1, 0
         need(len(held) > 0, "experts")
         names = [model.expert(self.number, e) for e in held]

@@ -17,6 +17,7 @@ from refused_specs import (
     LEGACY,
     MODEL,
     NOT_BUILT,
+    ONE_WAY,
     PP,
     QWEN,
     SPECS,
@@ -79,6 +80,9 @@ def check_specs():
                 if not refused(brief(text), lambda: create(json.dumps(text).encode(), rank), statuses, *words):
                     break
             count += 1
+    for wrong, *words in ONE_WAY:
+        refused(brief(wrong), lambda: create(json.dumps(wrong).encode(), 0), (INVALID, UNSUPPORTED), *words)
+        count += 1
     for text in twice():
         refused(text[:80], lambda: create(text, 0), (INVALID,), "twice")
         count += 1
@@ -225,7 +229,7 @@ def check_binds():
 
 def check_expert_binds():
     """Parameters of experts: their nominal shapes, the bias in fp32, the names of older releases."""
-    target = {**vllm(1), "ranks": [2]}
+    target = {**vllm(1), "ranks": [2], "expert_storage": "stacked"}
     s = spec(megatron(2, **{EP: 2, LEGACY: True}), target, model={**DEEPSEEK, "torch_dtype": "float16"})
     count, model = 0, oracle.Model(s["model"])
     experts = "mlp.experts.routed_experts.w13_weight"
@@ -257,6 +261,48 @@ def check_expert_binds():
         preset.close()
         count += 4
     return count
+
+
+def check_left_out():
+    """Memory that no checkpoint has is left out without a word; what only quantised modules have is refused, with what to do."""
+    array, count = np.zeros((2, 3), np.float32), 0
+    for target, left_out, wrong in (
+        (vllm(1), ("W_UV", "W_UK_T"), ()),
+        (vllm(1, mla_derived_weights="copies"), (), ("W_UV", "W_UK_T")),
+        (megatron(1), (), ("W_UV", "W_UK_T")),
+    ):
+        preset = reshard.Preset(spec(target={**target, "ranks": [1]}, model=DEEPSEEK), 1)
+
+        def bind(name, memory=array, dtype=(2, 32, 1)):
+            preset.bind(name, memory, TARGET, dtype)
+
+        layer = "model.layers.7.self_attn."
+        for name in (
+            "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", layer + "attn.k_scale", layer + "attn._v_scale",
+            layer + "attn.q_scale", layer + "attn.prob_scale", "model.layers.1.mlp.experts.expert_map", "mlp.experts._expert_map",
+            "model.layers.1.mlp.experts.expert_load_view", *(f"{layer}mla_attn.mla_attn.{n}" for n in left_out),
+        ):  # fmt: skip
+            bind(name)
+            count += 1
+        for name in (*(f"{layer}mla_attn.mla_attn.{n}" for n in wrong), "model.k_scales", "model.my_inv_freq"):
+            refused(name, lambda: bind(name), (NOT_FOUND,), name)
+            count += 1
+        for name in (
+            "weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "g_idx", "input_scale", "w13_weight_scale",
+            "w2_weight_scale_inv", "w13_qweight", "w2_scales",
+        ):  # fmt: skip
+            refused(name, lambda: bind("model.layers.1.mlp." + name), (UNSUPPORTED,), name, "load_weights", "unquantised")
+            count += 1
+        norm = "model.norm.weight" if "mla_derived_weights" in target or not wrong else "decoder.final_layernorm.weight"
+        for dtype in ((10, 8, 1), (12, 8, 1), (0, 8, 1), (1, 8, 1), (0, 4, 1), (17, 4, 1)):
+            refused(f"{norm} of {dtype}", lambda: bind(norm, array, dtype), (UNSUPPORTED,), norm, "load_weights")
+            count += 1
+        preset.close()
+    # A user's own list is asked first.
+    preset = reshard.Preset(spec(ignore=["*.qweight"]), 0)
+    preset.bind("model.layers.0.qweight", array, SOURCE, (2, 32, 1))
+    preset.close()
+    return count + 1
 
 
 def check_optional():
@@ -377,6 +423,7 @@ def main():
         check_ignore,
         check_binds,
         check_expert_binds,
+        check_left_out,
         check_optional,
         check_connect,
     ):

@@ -19,6 +19,19 @@ DEEPSEEK = {
     **MODEL, "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 8, "moe_intermediate_size": 12, "n_shared_experts": 1, "q_lora_rank": 8,
     "kv_lora_rank": 6, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
+GLM = {
+    **MODEL, "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 8, "moe_intermediate_size": 12, "n_shared_experts": 1, "use_qk_norm": True,
+    "attention_bias": True, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+PREDICTS = {**DEEPSEEK, "num_nextn_predict_layers": 2}
+NEXT = {**QWEN2, "architectures": ["Qwen3NextForCausalLM"], "full_attention_interval": 1}
+VISION = {
+    "depth": 4, "hidden_size": 24, "num_heads": 4, "intermediate_size": 12, "patch_size": 2, "temporal_patch_size": 2, "spatial_merge_size": 2,
+    "out_hidden_size": 16,
+}  # fmt: skip
+SEES = {**MODEL, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": VISION}
+MTP, DRAFTER, NAMES, V_LAYERS = "mtp_num_layers", "mtp_drafter", "vision_names", "vision_num_layer_list"
+SINGLE, FUSION, DERIVED, ENCODER = "moe_single_grouped_weight", "mla_down_proj_fusion", "mla_derived_weights", "mm_encoder_tp_mode"
 EP, ETP, EXTEND = "expert_model_parallel_size", "expert_tensor_parallel_size", "moe_tp_extend_ep"
 GROUPED, LEGACY, CUT, ORDER = (
     "moe_grouped_gemm",
@@ -227,6 +240,66 @@ SPECS = [
     (spec(M(1, **{PARALLEL: True}), model=QWEN), PARALLEL),
     (spec({**HF, EP: 1}, model=QWEN), EP),
 
+    # Layers for multi-token prediction.
+    (spec(M(1, **{MTP: 3}), model=PREDICTS), MTP, "3", "num_nextn_predict_layers", "2"),
+    (spec(M(1, **{MTP: 1}), model=DEEPSEEK), MTP, "num_nextn_predict_layers"),
+    (spec(M(1, **{MTP: 1})), MTP, "num_nextn_predict_layers"),
+    (spec(V(1, **{DRAFTER: True}), model=DEEPSEEK), DRAFTER, "num_nextn_predict_layers"),
+    (spec(V(1, **{DRAFTER: True}), model=QWEN), DRAFTER, "num_nextn_predict_layers"),
+    (spec(M(1, **{MTP: 1}), V(1, **{DRAFTER: True}), model=PREDICTS), MTP, DRAFTER, "1", "2"),
+    (spec(M(1, **{MTP: 1}), M(1, **{MTP: 2}), model=PREDICTS), MTP, "1", "2"),
+    (spec(V(1, padded_vocab_size=8)), "padded_vocab_size"),
+    (spec(M(1, layernorm_zero_centered_gamma=True, transformer_impl="local")), "layernorm_zero_centered_gamma"),
+    (spec(M(1, **{MTP: "1"}), model=PREDICTS), MTP),
+    (spec(V(1, **{MTP: 1}), model=PREDICTS), MTP),
+    (spec(M(2, **{PP: 2, PIPELINE: "Ett|ttL", MTP: 1}), model=GLM), PIPELINE, MTP, "0 m"),
+    (spec(M(2, **{PP: 2, PIPELINE: "Ett|ttmL"}), model=GLM), PIPELINE, MTP),
+    (spec(M(2, **{PP: 2, PIPELINE: "Ettt|tm|m|L", MTP: 2}), model=PREDICTS), PIPELINE, "one entry"),
+    (spec(M(2, **{PP: 2, PIPELINE: "Et|tm|ttL|", MTP: 1}), model=GLM), PIPELINE),
+    (spec(M(2, **{PP: 2, PIPELINE: "Ett|ttm|t|L", MTP: 1}), model=sized(**{**GLM, "num_hidden_layers": 5})), PIPELINE, "no t"),
+    (spec(M(2, **{PP: 2, PIPELINE: "Ett|tt|m|L", MTP: 1}), model=GLM), PIPELINE, "first"),
+
+    # The vision tower.
+    (spec(model=without("vision_config", SEES)), "vision_config"),
+    *((spec(model={**SEES, "vision_config": without(member, VISION)}), "vision_config." + member) for member in VISION),
+    (spec(model={**SEES, "vision_config": {**VISION, "num_heads": 5}}), "vision_config", "num_heads", "24", "5"),
+    (spec(model={**SEES, "vision_config": {**VISION, "depth": HUGE}}), "depth"),
+    (spec(model={**SEES, "vision_config": {**VISION, "spatial_merge_size": HUGE}}), "spatial_merge_size"),
+    (spec(model={**SEES, "vision_config": {**VISION, "patch_size": HUGE}}), "patch_embed"),
+    (spec(model={**SEES, "text_config": {"hidden_size": 32}}), "text_config.hidden_size", "16", "32"),
+    *((spec(side(4, **{size: 4}), model={**SEES, "vision_config": {**VISION, "intermediate_size": 14}}), "vision_config.intermediate_size", "14")
+      for side, size in ((M, TP), (V, V_TP))),
+    *((spec(side(4, **{size: 4}), model={**SEES, "vision_config": {**VISION, "num_heads": 6}}), "vision_config.num_heads", "6")
+      for side, size in ((M, TP), (V, V_TP))),
+    (spec(M(1, **{NAMES: "mbridge"})), NAMES),
+    (spec(M(1, **{V_LAYERS: "4"})), V_LAYERS),
+    (spec(M(1, **{NAMES: "bridge"}), model=SEES), NAMES, "bridge"),
+    (spec(M(1, **{V_LAYERS: "4"}), model=SEES), V_LAYERS, "mindspeed_mm"),
+    (spec(M(2, **{PP: 2, NAMES: "mindspeed_mm", V_LAYERS: "2,1"}), model=SEES), V_LAYERS, "depth", "4"),
+    (spec(M(2, **{PP: 2, NAMES: "mindspeed_mm", V_LAYERS: "4"}), model=SEES), V_LAYERS, "2"),
+    (spec(M(2, **{PP: 2, VPP: 2, NAMES: "mindspeed_mm"}), model=SEES), VPP, "mindspeed_mm"),
+    (spec(V(1, **{ENCODER: "data"})), ENCODER),
+    (spec(V(1, **{ENCODER: "tensor"}), model=SEES), ENCODER, "tensor"),
+
+    # Members of one storage or attention.
+    (spec(M(1, **{SINGLE: True})), SINGLE),
+    (spec(M(1, **{SINGLE: True}), model=QWEN), SINGLE, GROUPED),
+    (spec(M(1, **{SINGLE: True, GROUPED: True, "transformer_impl": "local"}), model=QWEN), SINGLE, "transformer_impl"),
+    (spec(M(1, **{SINGLE: True, GROUPED: True, LEGACY: True}), model=QWEN), SINGLE),
+    (spec(M(1, **{FUSION: True}), model=QWEN), FUSION, "q_lora_rank"),
+    (spec(M(1, **{FUSION: True}), model={**DEEPSEEK, "q_lora_rank": None}), FUSION, "q_lora_rank"),
+    (spec(M(1, **{FUSION: True, "mla_weights": "mindspeed"}), model=DEEPSEEK), FUSION, "mla_weights"),
+    (spec(M(2, **{TP: 2, FUSION: True, CUT: True}), model={**DEEPSEEK, "q_lora_rank": 7}), "q_lora_rank", "7"),
+    (spec(V(1, **{DERIVED: "copies"})), DERIVED),
+    (spec(V(1, **{DERIVED: "alias"}), model=DEEPSEEK), DERIVED, "alias"),
+    (spec(V(1, fused_qkv_a_proj=False)), "fused_qkv_a_proj"),
+    (spec(V(1, shared_experts="whole")), "shared_experts"),
+    (spec(V(4, **{V_TP: 2, V_DP: 2, PARALLEL: True}), model={**GLM, "moe_intermediate_size": 13}), "shared", "13"),
+    *((spec(model=without(member, GLM)), member) for member in ("n_routed_experts", "moe_intermediate_size", "num_key_value_heads")),
+    *((spec(model=without(member, NEXT)), member) for member in ("num_experts", "shared_expert_intermediate_size", "head_dim")),
+    (spec(model={**NEXT, "layer_types": ["full_attention"] * 3}), "layer_types", "4"),
+    (spec(model={**GLM, "attention_bias": 1}), "attention_bias"),
+
     # Experts and MLA: the model.
     *((spec(model=without(member, QWEN)), member) for member in ("num_experts", "moe_intermediate_size", "num_key_value_heads", "head_dim")),
     *((spec(model=without(member, QWEN2)), member) for member in ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size")),
@@ -249,8 +322,27 @@ NOT_BUILT = [
     (spec(model=sized(attention_bias=True)), "attention_bias"),
     (spec(model=sized(mlp_bias=True)), "mlp_bias"),
     (spec(model=sized(quantization_config={"quant_method": "fp8"})), "quantization_config"),
-    (spec({**HF, "dtype": "float32"}), ("dtype", "cast")),
-    (spec(M(1, params_dtype="float32"), V(1)), ("dtype", "cast")),
+    (spec(model={**GLM, "mlp_bias": True}), "mlp_bias"),
+    (spec(model={**NEXT, "attention_bias": True}), "attention_bias"),
+    (spec(model={**NEXT, "attn_output_gate": False}), "attn_output_gate"),
+    (spec(model=without("full_attention_interval", NEXT)), "full_attention_interval", "layer 0", "linear_attention"),
+    (spec(model={**NEXT, "full_attention_interval": 2}), "full_attention_interval", "layer 0", "linear_attention"),
+    (spec(model={**NEXT, "layer_types": ["full_attention"] * 3 + ["linear_attention"]}), "layer_types", "layer 3", "linear_attention"),
+    (spec(model={**SEES, "text_config": {"quantization_config": {"quant_method": "fp8"}}}), "quantization_config"),
+    (spec(M(1, **{MTP: 1, "mla_weights": "mindspeed"}), model=PREDICTS), MTP, "mla_weights"),
+    (spec(M(1, **{MTP: 1, "mla_weights": "mindspeed_qb"}), model=PREDICTS), MTP, "mla_weights"),
+    (spec(M(2, **{PP: 2, MTP: 1, "schedules_method": "dualpipev"}), model=GLM), MTP, "schedules_method"),
+    (spec(M(2, **{PP: 2, MTP: 1, "noop_layers": "4,5"}), model=GLM), MTP, "noop_layers"),
+    (spec(V(1, shared_experts="whole"), model=GLM), "shared_experts"),
+    (spec(M(2, **{PP: 2, NAMES: "mindspeed_mm", PIPELINE: "Ett|ttL"}), model=SEES), PIPELINE),
+]
+
+# Refused on this side only.
+ONE_WAY = [
+    (spec(M(1), V(1, **{DRAFTER: True}), model=PREDICTS), MTP, DRAFTER),
+    (spec(M(1), M(1, **{MTP: 1}), model=GLM), "source." + MTP, "target." + MTP),
+    (spec(V(1), M(1, **{MTP: 1}), model=GLM), "source." + DRAFTER, "target." + MTP),
+    (spec(V(1, **{DERIVED: "copies"}), model=DEEPSEEK), DERIVED, "source"),
 ]
 
 # What is not refused, though it is next to something that is.
@@ -277,6 +369,20 @@ ACCEPTED = [
     spec(model={**DEEPSEEK, "n_routed_experts": None}),
     spec(model={**DEEPSEEK, "n_shared_experts": None, "q_lora_rank": None, "num_nextn_predict_layers": 1}),
     spec(model=sized(torch_dtype="bfloat16", dtype="bfloat16")),
+    spec(model={**GLM, "attention_bias": False}),
+    spec(model=without("attention_bias", without("use_qk_norm", GLM))),
+    spec(M(1, **{MTP: 1}), V(1), model=GLM),  # unused
+    spec(M(1, **{MTP: 0}), V(1), model=GLM),
+    spec(V(1, **{DRAFTER: True}), HF, model=GLM),
+    spec(HF, M(1, **{MTP: 1}), model=PREDICTS),
+    spec(model={**NEXT, "layer_types": ["full_attention"] * 4, "full_attention_interval": 4}),
+    spec(V(4, **{V_TP: 2, V_DP: 2, PARALLEL: True}), model={**NEXT, "shared_expert_intermediate_size": 13}),
+    spec(V(2, **{V_TP: 2, PARALLEL: True, "shared_experts": "whole"}), model={**DEEPSEEK, "moe_intermediate_size": 15, "n_shared_experts": 1}),
+    spec(target=V(1, **{DERIVED: "copies"}), model=DEEPSEEK),
+    spec(V(1, fused_qkv_a_proj=False), model={**DEEPSEEK, "q_lora_rank": None}),
+    spec(V(4, **{V_TP: 4, ENCODER: "data"}), model={**SEES, "vision_config": {**VISION, "num_heads": 6}}),
+    spec(M(4, **{TP: 4, NAMES: "megatron_bridge"}), model={**SEES, "vision_config": {**VISION, "num_heads": 6}}),
+    spec(model={**without("hidden_size", SEES), "text_config": {"hidden_size": 16, "num_hidden_layers": 4}}),
 ]
 
 # Equal worlds: members at their defaults, written out on one rank and left out on another.
@@ -296,4 +402,6 @@ DEFAULTS = [
     (V(4, **{V_TP: 2, V_PP: 2}), {PARALLEL: False, STORAGE: "stacked"}),
     (V(2, **{V_TP: 2, PARALLEL: True}), {PLACEMENT: "linear"}),
     (V(2, **{V_TP: 2}), {"ranks": "0-1"}),
+    (V(2, **{V_TP: 2}), {DRAFTER: False}),
+    (M(2, **{TP: 2}), {MTP: None, SINGLE: False, FUSION: False}),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ mod dense;
 mod holds;
 mod models;
 mod names;
+mod newer;
 mod pairs;
 mod parts;
 mod routed;

@@ -189,7 +189,10 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
     let tower = |section: usize, shard: &Shard<'_>| match (&model.vision, o.vision_names.unwrap_or_default()) {
         (None, _) => vec![],
         (Some(_), VisionNames::MegatronBridge) => vision::whole(section, shard),
-        (Some(v), VisionNames::Mbridge) => vision::params(v, section, shard, &vision::MBRIDGE),
+        (Some(v), VisionNames::Mbridge) => {
+            let te = o.transformer_impl == Impl::TransformerEngine;
+            vision::params(v, section, shard, if te { &vision::MBRIDGE } else { &vision::MBRIDGE_LOCAL })
+        }
         (Some(v), VisionNames::MindspeedMm) => vision::params(v, section, shard, &vision::MINDSPEED),
     };
     let mut sections = sections(model, tp, |section, shard| match section {
@@ -228,14 +231,13 @@ pub fn predictors(o: &Options, all: u64) -> Result<u64> {
     if given > all {
         bail!(RS_ERR_INVALID, "mtp_num_layers is {given}; model.num_nextn_predict_layers, of the classes that have them, is {all}");
     }
-    if given > 0 && o.mla_weights != MlaWeights::Core {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "mtp_num_layers with mla_weights \"mindspeed\" or \"mindspeed_qb\": MindSpeed's MTP is not built"
-        );
-    }
-    if given > 0 && o.schedules_method.is_some() {
-        bail!(RS_ERR_UNSUPPORTED, "mtp_num_layers with schedules_method: MindSpeed's MTP is not built");
+    let mindspeed = [
+        ("mla_weights \"mindspeed\" or \"mindspeed_qb\"", o.mla_weights != MlaWeights::Core),
+        ("schedules_method", o.schedules_method.is_some()),
+        ("noop_layers", o.noop_layers.is_some()),
+    ];
+    if let Some((member, _)) = mindspeed.iter().find(|m| given > 0 && m.1) {
+        bail!(RS_ERR_UNSUPPORTED, "mtp_num_layers with {member}: MindSpeed's MTP is not built");
     }
     Ok(given)
 }

@@ -32,6 +32,9 @@ pub fn places(model: &Model, o: &Options, chunks: Vec<Vec<Chunk>>) -> Result<Vec
                  \"mindspeed_mm\""
             );
         }
+        if o.pipeline_model_parallel_layout.is_some() {
+            bail!(RS_ERR_UNSUPPORTED, "pipeline_model_parallel_layout: vision_names \"mindspeed_mm\" goes with num_layer_list");
+        }
         // Its text decoder is on the stages with layers alone.
         let has = |p: &Place| p.text.layers.iter().any(Option::is_some);
         let (first, last) = (out.iter().position(|s| has(&s[0])), out.iter().rposition(|s| has(&s[0])));
