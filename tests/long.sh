@@ -7,6 +7,13 @@ source tests/steps.sh "$@"
 
 many_worlds() { RESHARD_WORLDS=5000 presets random_worlds; }
 
+# Real Megatron-core into real vLLM: their own memory, their own checkpoint readers (tests/frameworks).
+frameworks() {
+    cargo build --locked --release --lib
+    tests/frameworks/setup.sh
+    RESHARD_LIBRARY=$PWD/target/release/libreshard.so target/frameworks/bin/python tests/frameworks/main.py
+}
+
 step needs     900 install_needs
 
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
@@ -15,5 +22,6 @@ step worlds 1800 many_worlds
 step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
+step frameworks 3600 frameworks
 
 finish
