@@ -106,6 +106,21 @@ def check_refused():
     says(text, kv, down, "mla_down_proj_cut true", "does not fit")
     preset.close()
 
+    # A derived weight that is left out must be a view, or it would keep its values.
+    target = {"framework": "vllm", "ranks": [0]}
+    preset = new({"model": MLA, "source": {"framework": "hf", "ranks": [1]}, "target": target}, 0)
+    arrays = {}
+    for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
+        arrays[p["name"]] = np.zeros(p["shape"], np.uint32 if p["dtype"]["bits"] == 32 else np.uint16)
+        preset.bind(p["name"], arrays[p["name"]], TARGET, tuple(p["dtype"][k] for k in ("code", "bits", "lanes")))
+    derived = "model.layers.0.self_attn.mla_attn.mla_attn.W_UV"
+    kv_b = arrays["model.layers.0.self_attn.kv_b_proj.weight"].reshape(4, 8, 10)
+    preset.bind(derived, kv_b[:, 3:].swapaxes(1, 2), TARGET)
+    preset.layout()
+    preset.bind(derived, array(4, 10, 5), TARGET)
+    says(refusal(preset.layout), derived, "mla_derived_weights", "copies")
+    preset.close()
+
     # Ranks that disagree: found against found, and found against the default.
     def connected(shapes):
         hub, errors = next(worlds.hubs), {}
@@ -136,7 +151,7 @@ def check_refused():
         says(error, "MISMATCH", "rank 1", "down_proj", "mla_down_proj_cut true")
     for error in connected([(True, 16), (True, 32)]).values():
         says(error, "MISMATCH", "ranks 0 and 1", "target", "padded_vocab_size 32", "padded_vocab_size 64")
-    return 6
+    return 7
 
 
 def main():
