@@ -75,6 +75,29 @@ fn cast(from: Float, to: Float) -> StridedCopy {
     StridedCopy::converting(from.item(), Some(Convert { from, to, add: 0 }), 0, 0, [(BYTES as u64 / 4, 1, 1)])
 }
 
+/// fp32 in rows of so many elements, half as many as the source has, to bf16.
+fn cast_rows(columns: u64) -> StridedCopy {
+    let rows = BYTES as u64 / 8 / columns;
+    StridedCopy::converting(
+        4,
+        Some(Convert { from: Float::F32, to: Float::Bf16, add: 0 }),
+        0,
+        0,
+        [(rows, 2 * columns, columns), (columns, 1, 1)],
+    )
+}
+
+/// A transpose of fp32 to bf16.
+fn cast_turned(side: u64) -> StridedCopy {
+    StridedCopy::converting(
+        4,
+        Some(Convert { from: Float::F32, to: Float::Bf16, add: 0 }),
+        0,
+        0,
+        [(side, side, 1), (side, 1, side)],
+    )
+}
+
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     let mut case = |name: &str, slot, copy| cases.push(Case { name: name.to_owned(), copy, slot });
@@ -100,6 +123,9 @@ fn cases() -> Vec<Case> {
     case("experts, Qwen3-30B-A3B's weight2 to w2", Slot::None, experts(85, 768, 2048));
     case("cast fp32 to bf16", Slot::None, cast(Float::F32, Float::Bf16));
     case("cast bf16 to fp32", Slot::None, cast(Float::Bf16, Float::F32));
+    case("cast fp32 to bf16, rows of 4 elements", Slot::None, cast_rows(4));
+    case("cast fp32 to bf16, rows of 576 elements", Slot::None, cast_rows(576));
+    case("cast fp32 to bf16, 8192 x 8192 transposed", Slot::None, cast_turned(8192));
     case("cast fp32 to fp16", Slot::None, cast(Float::F32, Float::F16));
     for slot in [256 << 10, 1 << 20] {
         for (name, side) in [("unpack from", Slot::Source), ("pack to", Slot::Target)] {

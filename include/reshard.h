@@ -847,8 +847,9 @@ rs_status_t rs_preset_create(const char *spec_json, int32_t rank, rs_preset_t **
  *
  * A framework's release or patch may hold a tensor in another way than the default. Where the spec does not give the member that says
  * how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_down_proj_fusion, mla_weights,
- * mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj and the padded vocabulary of vllm. So a rank's parameters may be bound
- * in any order, but describe tells the final names and shapes only afterwards; connect tells other ranks what was found.
+ * mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj and the padded vocabulary of
+ * vllm. So a rank's parameters may be bound in any order, but describe tells the final names and shapes only afterwards. Connect tells
+ * the other ranks what was found; rs_container_describe() lists all of it.
  *
  * - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
  *
@@ -879,10 +880,11 @@ rs_status_t rs_preset_layout(const rs_preset_t *preset, rs_layout_t *out);
  * - what: RS_DESCRIBE_LAYOUT, this rank's parameters: {"rank", "params": [{"role", "chunk", "name", "shape", "dtype", "bound",
  *   "required" (false: it may be bound and is not used), "tensors" (logical tensors that it holds a part of)}], "found": {"source",
  *   "target"} (members that parameters decided, in words)}.
- *   RS_DESCRIBE_PLAN, what this rank does in a sync: {"rank", "world", "bytes": {"local", "doubled" (copied to a second place after it
- *   arrived), "sent", "received"}, "peers": [{"rank", "sent", "received"}], "moves", "plan_seconds"}.
- *   RS_DESCRIBE_WORLD, what all ranks do: {"parameters" (elements of the model), "ranks", "bytes": {"landed" (in all targets), "sent",
- *   "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and "ingress": [{"stage", "ranks",
+ *   RS_DESCRIBE_PLAN, what this rank does in a sync, as far as its own parameters tell: {"rank", "world", "bytes": {"local",
+ *   "doubled" (copied to a second place after it arrived, as the target has it), "sent", "received"}, "peers": [{"rank", "sent",
+ *   "received"}], "moves", "plan_seconds"}.
+ *   RS_DESCRIBE_WORLD, what all ranks do: {"parameters" (elements of the model), "ranks", "bytes": {"landed" (what all targets hold,
+ *   as the source has it), "sent", "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and "ingress": [{"stage", "ranks",
  *   "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds" (of messages, one of each pair),
  *   "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec has link_gb_per_s)}.
  * - buf, cap, len: as in rs_container_describe().

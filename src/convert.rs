@@ -85,11 +85,6 @@ impl Convert {
         }
     }
 
-    /// Whether it changes nothing.
-    pub fn is_copy(self) -> bool {
-        self.from == self.to && self.add == 0
-    }
-
     /// RS_TRANSFORM_*.
     pub fn transform(self) -> u32 {
         match self.add {

@@ -326,18 +326,20 @@ impl Table {
         for (i, (tensor, buffer, transform, key, val, axes)) in body.tiles.into_iter().enumerate() {
             let tile = Tile { tensor, buffer, pattern: pattern(key, val, &axes), transform };
             let elements = out.tensors.get(tensor as usize).map(|t| t.elements);
-            let dtype = out.buffers.get(buffer as usize).map(|b| b.dtype);
+            let allowed = may_have(out.buffers.get(buffer as usize), transform);
             match elements {
-                Some(elements)
-                    if dtype.is_some_and(|d| Convert::between(d, d, transform).is_ok()) && sound(&tile.pattern, elements) =>
-                {
-                    out.tiles.push(tile)
-                }
+                Some(elements) if allowed && sound(&tile.pattern, elements) => out.tiles.push(tile),
                 _ => bail!(RS_ERR_INVALID, "tiles[{i}] does not lie in its tensor"),
             }
         }
         Ok(out)
     }
+}
+
+/// Whether there is such a buffer, and its tiles may have that transform.
+fn may_have(buffer: Option<&TableBuffer>, transform: u32) -> bool {
+    let fits = |b: &TableBuffer| b.role == RS_TARGET && Convert::between(b.dtype, b.dtype, transform).is_ok();
+    buffer.is_some_and(|b| transform == RS_TRANSFORM_NONE || fits(b))
 }
 
 fn pattern(key: u64, val: u64, axes: &[(u64, u64, u64)]) -> Pattern {

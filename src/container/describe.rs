@@ -38,7 +38,8 @@ impl Container {
         let peers = report::peers(&c.plan, c.message);
         let rounds = |key: &str| peers.iter().filter_map(|p| p[key].as_u64()).max().unwrap_or(0);
         let moves: usize = c.plan.peers.iter().map(|p| p.out.len() + p.into.len()).sum();
-        Ok(json!({
+        let found = c.world.as_ref().map(|w| w.found());
+        let mut out = json!({
             "rank": comm.rank(),
             "world": comm.world(),
             "comm": comm.name(),
@@ -49,7 +50,11 @@ impl Container {
             "bytes": bytes(&c.work.bytes),
             "peers": peers,
             "moves": moves + c.plan.doubles.len() + self.local.pieces.len(),
-        }))
+        });
+        if let Some([source, target]) = found {
+            out["found"] = json!({"source": source, "target": target});
+        }
+        Ok(out)
     }
 
     /// `boxes`: who sends each box of the target of that name. `sent`: who gets each box of a source.

@@ -2,7 +2,7 @@
 //!
 //! A copy becomes loops over one of two inner shapes: rows (`rows`: `run` contiguous bytes at a time) or, where the run is one
 //! element and the two sides are contiguous along different axes, tiles (`tiles`: transposes through a block that stays in the
-//! L1 cache). Both write in the target's order. A copy that converts values goes line by line through a small block (`cast`).
+//! L1 cache). Both write in the target's order. A copy that converts values goes through a small block (`cast`).
 //!
 //! Each shape has a portable form and one with AVX2, chosen when the device is made. The AVX2 form may write past the caches:
 //! a store that misses first reads the line it is about to overwrite, so a large target costs three transfers for two. That pays
@@ -187,9 +187,10 @@ unsafe fn run(path: Path, job: &Job<'_>) {
     let ends = Ends { src: job.src_addr() as *const u8, dst: job.dst_addr() as *mut u8 };
     let mut outer = copy.axes.clone();
     if let Some(convert) = copy.convert {
-        let line = cast::Line::new(convert, copy, &mut outer);
-        // SAFETY: the ends of each step, and the line from there, lie inside the copy.
-        unsafe { for_each(ends, &outer, |ends| line.copy(ends)) };
+        let rows = cast::Rows::new(convert, copy, &mut outer);
+        let mut block = cast::Block::new();
+        // SAFETY: the ends of each step, and the rows from there, lie inside the copy.
+        unsafe { for_each(ends, &outer, |ends| rows.copy(ends, &mut block)) };
     } else if let Some((s, d)) = tiles::axes(copy) {
         outer.retain(|axis| *axis != s && *axis != d);
         let plane = tiles::Plane { item: copy.run as usize, s, d };

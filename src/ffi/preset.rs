@@ -126,8 +126,15 @@ impl PresetHandle {
                     let seconds = begun.elapsed().as_secs_f64();
                     let (sent, received) = plan.wire_bytes();
                     let doubled = plan.doubles.iter().map(Piece::bytes).sum::<u64>();
-                    // The rest of what its targets hold, it holds itself.
-                    let local = preset.target_bytes() - received - doubled;
+                    // The rest of what its targets hold, it holds itself. All but doubles are counted as the source has them.
+                    let twice = {
+                        let items = preset.source_items();
+                        plan.doubles
+                            .iter()
+                            .map(|p| p.bytes() / u64::from(p.item) * items.get(&p.tensor).copied().unwrap_or(0))
+                            .sum::<u64>()
+                    };
+                    let local = preset.target_bytes() - received - twice;
                     let peer = |p: &Peer| {
                         let (sent, received) = p.wire_bytes();
                         json!({"rank": p.rank, "sent": sent, "received": received})

@@ -65,10 +65,9 @@ pub struct Spot {
 pub struct Piece {
     /// Ordinal of the tensor.
     pub tensor: u32,
-    /// Bytes of an element at the source, and on the wire.
+    /// Bytes of an element where it is read: at the source and on the wire, or of a double at the first target.
     pub item: u32,
-    /// What happens to each element at the target; `None`: its bytes are copied. A double reads what has been converted before: there
-    /// it is a copy between two equal types, if these are not the source's.
+    /// What happens to each element at the target; `None`: its bytes are copied.
     pub convert: Option<Convert>,
     /// Number of the first element in the logical tensor.
     pub key: u64,
@@ -101,11 +100,7 @@ impl Piece {
     /// From the source's buffer to the target's.
     pub fn copy(&self) -> StridedCopy {
         let axes = self.axes.iter().map(|a| (a.extent, a.src, a.dst));
-        let (item, convert) = match self.convert {
-            Some(c) if c.is_copy() => (c.from.item(), None),
-            convert => (self.item, convert),
-        };
-        StridedCopy::converting(item, convert, self.src.offset, self.dst.offset, axes)
+        StridedCopy::converting(self.item, self.convert, self.src.offset, self.dst.offset, axes)
     }
 
     /// From the source's buffer to byte `at` of a message.

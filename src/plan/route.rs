@@ -10,7 +10,7 @@
 use super::owners::{Atom, Class, Held, Holder, atoms, held};
 use super::{Place, Plan, Spot, piece, shown};
 use crate::abi::{RS_ERR_COVERAGE, RS_ERR_UNSUPPORTED};
-use crate::convert::{Convert, Float};
+use crate::convert::Convert;
 use crate::error::{Result, bail};
 use crate::geom::{Index, Radix, Region};
 use smallvec::SmallVec;
@@ -222,8 +222,7 @@ impl<'p> Router<'p> {
         };
         for (region, from, to) in &geometry.doubles {
             let (from, to) = (&geometry.targets[*from], &geometry.targets[*to]);
-            let source = facts.sources.first().map_or((0, 0), |s| s.dtype);
-            let item = double(tensor.name, me, source, &facts.targets[from.holder as usize], &facts.targets[to.holder as usize])?;
+            let item = double(tensor.name, me, &facts.targets[from.holder as usize], &facts.targets[to.holder as usize])?;
             let ends = (spot(&facts.targets, 1, from, region), spot(&facts.targets, 1, to, region));
             plan.doubles.push(piece(&geometry.radix, region, tensor.ordinal, item, (from, ends.0), (to, ends.1)));
         }
@@ -348,7 +347,7 @@ fn format(tensor: &str, (from, source): (u32, &Holder<'_>), (to, target): (u32, 
 }
 
 /// The same for a second target on the rank that has the first: what landed there is what it wants, or it cannot be had from there.
-fn double(tensor: &str, rank: u32, source: (u8, u8), from: &Holder<'_>, to: &Holder<'_>) -> Result<(u32, Option<Convert>)> {
+fn double(tensor: &str, rank: u32, from: &Holder<'_>, to: &Holder<'_>) -> Result<(u32, Option<Convert>)> {
     if (from.dtype, from.transform) != (to.dtype, to.transform) {
         bail!(
             RS_ERR_UNSUPPORTED,
@@ -358,8 +357,7 @@ fn double(tensor: &str, rank: u32, source: (u8, u8), from: &Holder<'_>, to: &Hol
             to.param
         );
     }
-    let landed = Float::of(to.dtype).filter(|_| to.dtype != source).map(|float| Convert { from: float, to: float, add: 0 });
-    Ok((u32::from(source.1) / 8, landed))
+    Ok((u32::from(to.dtype.1) / 8, None))
 }
 
 /// The axis along which a box is cut in `parts`: the slowest that gives nearly equal parts, else the longest.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::cut::Cut;
-use super::model::names;
+use super::model::{Id, names};
 use super::side::{Param, Slot};
 use super::world::World;
 use crate::abi::*;
@@ -184,56 +184,68 @@ impl Preset {
     /// Gives a parameter its memory, or other memory than it had. One that does not fit may tell what the spec left open.
     pub fn bind(&mut self, b: &Bind<'_>) -> Result<()> {
         let Err(first) = self.bind_as_is(b) else { return Ok(()) };
+        let fits = |side: usize| self.find(side, b).is_some_and(|at| self.check(&self.expected[at], b).is_ok());
+        let Some(side) = (0..2).find(|&s| b.role & ROLES[s] != 0 && !fits(s)) else { return Err(first) };
         let mut tried = vec![];
-        for side in (0..2).filter(|&s| b.role & ROLES[s] != 0) {
-            if let Some(mut other) = self.resolved(side, b, &mut tried)? {
-                other.bind_as_is(b)?;
+        match self.resolved(side, b, &mut tried) {
+            // Its other side may have to be found out too.
+            Some(mut other) => {
+                other.bind(b)?;
                 *self = other;
-                return Ok(());
+                Ok(())
             }
+            None if tried.is_empty() => Err(first),
+            None => Err(Error::new(first.status(), format!("{}; {}", first.text(), tried.join("; ")))),
         }
-        if tried.is_empty() {
-            return Err(first);
-        }
-        Err(Error::new(first.status(), format!("{}; nor does it fit {}", first.text(), tried.join(", or "))))
     }
 
-    /// This preset with a variant of the spec that has the parameter as it is bound; what was tried goes into `tried`.
-    fn resolved(&self, side: usize, b: &Bind<'_>, tried: &mut Vec<String>) -> Result<Option<Preset>> {
+    /// This preset with the variant of the fewest members that has the parameter as it is bound, and all that were bound before; what
+    /// was tried goes into `tried`.
+    fn resolved(&self, side: usize, b: &Bind<'_>, tried: &mut Vec<String>) -> Option<Preset> {
         let left = &self.world.spec.left[side];
-        for variants in self.world.variants.others(side, left, self.rows_of_vocab(side, b)) {
+        let mut seen = vec![self.find(side, b).map(|at| self.expected[at].shape.clone()).unwrap_or_default()];
+        let mut conflict = None;
+        for variants in self.world.variants.all(side, left, self.rows_of_vocab(side, b)) {
             // What a model or another member forbids is no variant.
             let Ok(world) = self.world.with(variants) else { continue };
             let mut other = Preset::new(Arc::new(world), self.rank);
             let Some(at) = other.find(side, b) else { continue };
+            let shape = &other.expected[at].shape;
             if other.check(&other.expected[at], b).is_err() {
-                let shape = &other.expected[at].shape;
-                // Most members decide about other parameters.
-                if self.find(side, b).is_none_or(|at| self.expected[at].shape != *shape) {
-                    tried.push(format!("{}: shape {shape:?}", variants.shown(side, left)));
+                if !seen.contains(shape) {
+                    seen.push(shape.clone());
+                    tried.push(format!("with {} it has shape {shape:?}", variants.shown(side, left)));
                 }
                 continue;
             }
-            for (key, &at) in &self.index {
-                let Some(memory) = self.expected[at].memory else { continue };
-                let (old, new) = (&self.expected[at], other.index.get(key).map(|&at| &mut other.expected[at]));
-                match new.filter(|n| (&n.shape, n.dtype, n.used) == (&old.shape, old.dtype, old.used)) {
-                    Some(new) => new.memory = Some(memory),
-                    None => bail!(
-                        RS_ERR_LAYOUT,
-                        "{} '{}' has shape {:?} and fits the spec with {}, with which '{}', bound before, does not fit",
-                        ROLE_NAMES[side],
-                        b.name,
-                        b.shape,
-                        variants.shown(side, left),
-                        old.name
-                    ),
+            match other.carry(self, (side, at)) {
+                Ok(()) => return Some(other),
+                Err(bound) => {
+                    let with = variants.shown(side, left);
+                    conflict.get_or_insert(format!("it fits with {with}, but then '{bound}', bound before, does not"));
                 }
             }
-            other.views = self.views.clone();
-            return Ok(Some(other));
         }
-        Ok(None)
+        tried.extend(conflict);
+        None
+    }
+
+    /// Takes over what was bound, but for a parameter that is bound anew; an error names what does not fit.
+    fn carry(&mut self, from: &Preset, anew: (usize, usize)) -> std::result::Result<(), String> {
+        for old in &from.expected {
+            let Some(memory) = old.memory else { continue };
+            let at = self.index.get(&(old.side, old.chunk, old.name.clone())).copied();
+            if at == Some(anew.1) && old.side == anew.0 {
+                continue;
+            }
+            let new = at.map(|at| &mut self.expected[at]);
+            match new.filter(|n| (&n.shape, n.dtype, n.used) == (&old.shape, old.dtype, old.used)) {
+                Some(new) => new.memory = Some(memory),
+                None => return Err(old.name.clone()),
+            }
+        }
+        self.views = from.views.clone();
+        Ok(())
     }
 
     /// Rows of the whole padded vocabulary, if the parameter is a shard of it.
@@ -242,7 +254,11 @@ impl Preset {
         // One may be all padding, or a second copy.
         let of_vocab = expected.tensors.is_empty() || expected.tensors.iter().any(|t| t == names::EMBED || t == names::HEAD);
         let rows = b.shape.first().and_then(|&n| u64::try_from(n).ok()).filter(|_| of_vocab)?;
-        rows.checked_mul(self.world.sides()[side].parts.meshes[0].shards())
+        let shards = self.world.sides()[side].parts.meshes[0].shards();
+        let padded = rows.checked_mul(shards)?;
+        // Frameworks pad to multiples of 128 a shard, or of 256. More looks like another model's vocabulary.
+        let most = self.world.model().vocab + (128 * shards).max(256);
+        (padded < most).then_some(padded)
     }
 
     fn bind_as_is(&mut self, b: &Bind<'_>) -> Result<()> {
@@ -415,6 +431,12 @@ impl Preset {
         Ok(out)
     }
 
+    /// Bytes of an element that the source has of each of this rank's tensors, by ordinal.
+    pub fn source_items(&self) -> HashMap<u32, u64> {
+        let item = |id: Id| u64::from(self.world.sides()[0].kind_dtype(id.kind).1 / 8);
+        self.world.tensors_of(self.rank).into_iter().map(|(ordinal, id)| (ordinal, item(id))).collect()
+    }
+
     /// Bytes that the source has of the elements that this rank's targets hold.
     pub fn target_bytes(&self) -> u64 {
         let [source, target] = self.world.sides();
@@ -438,8 +460,7 @@ impl Preset {
                 "tensors": e.tensors,
             })
         };
-        let (variants, left) = (&self.world.variants, &self.world.spec.left);
-        let found = [0, 1].map(|side| variants.shown(side, &left[side]));
+        let found = self.world.found();
         json!({
             "rank": self.rank,
             "params": self.expected.iter().map(param).collect::<Vec<_>>(),

@@ -86,19 +86,6 @@ pub fn rows(kind: usize, total: u64, first: u64, count: u64, width: u64, at: u64
     (count > 0).then(|| Cut { kind, expert: 0, offset: at * width, axes: smallvec![rows, columns] })
 }
 
-/// A whole [rows, columns] tensor of which row i lies in column i: transposed, as part `r` of `t` of its rows or, with `by_columns`, of
-/// its columns. `across` is the number of local columns.
-pub fn transposed(kind: usize, shape: [u64; 2], by_columns: bool, r: u64, t: u64, across: u64) -> Cut {
-    let mut part = shape;
-    part[usize::from(by_columns)] /= t;
-    let first = |i: usize| if usize::from(by_columns) == i { r * part[i] } else { 0 };
-    let axes = smallvec![
-        Span { view: shape[0], origin: first(0), extent: part[0], stride: 1 },
-        Span { view: shape[1], origin: first(1), extent: part[1], stride: across },
-    ];
-    Cut { kind, expert: 0, offset: 0, axes }
-}
-
 /// Rows `first` to `first + count` of each of the heads of part `r` of `t`, a head having `rows` of them.
 pub fn of_heads(kind: usize, heads: u64, rows: u64, (first, count): (u64, u64), width: u64, r: u64, t: u64) -> Cut {
     let part = heads / t;

@@ -4,7 +4,7 @@
 //! fused_moe/layer.py; vllm-ascend, which transposes after loading.
 #![forbid(unsafe_code)]
 
-use super::cut::{self, Cut, Span};
+use super::cut::{Cut, Span};
 use super::model::{LayerType, Model, Moe, Part, names};
 use super::side::Param;
 use serde::Deserialize;
@@ -27,53 +27,54 @@ pub enum Storage {
     StackedTransposed,
 }
 
-/// Parameters that hold `slots` (experts by slot) of a layer, shard `x` of `t` of each.
-pub fn params(model: &Model, moe: &Moe, storage: Storage, names: [&str; 2], slots: &[u32], (x, t): (u64, u64)) -> Vec<Param> {
-    let part = Part::Expert(LayerType::Moe);
-    let [gate, up, down] = moe.expert_names().map(|n| model.kind(part, &n));
-    let (h, ffn, local) = (model.hidden, moe.ffn, moe.ffn / t);
+/// Parameters that hold `slots` (experts by slot) of a layer, shard `x` of `t` of each. `stored`: the shard's intermediate size and the
+/// hidden size as they are in memory, which may be padded.
+pub fn params(
+    model: &Model,
+    moe: &Moe,
+    storage: Storage,
+    names: [&str; 2],
+    slots: &[u32],
+    (x, t): (u64, u64),
+    [ffn, hidden]: [u64; 2],
+) -> Vec<Param> {
+    let of_part = Part::Expert(LayerType::Moe);
+    let [gate, up, down] = moe.expert_names().map(|n| model.kind(of_part, &n));
+    let local = moe.ffn / t;
     let count = slots.len() as u64;
     let each = || (0..).zip(slots);
+    let part = |stride: u64| Span { view: moe.ffn, origin: x * local, extent: local, stride };
+    let whole = |stride: u64| Span { view: model.hidden, origin: 0, extent: model.hidden, stride };
+    let cut = |kind: usize, offset: u64, axes: [Span; 2]| Cut { kind, expert: 0, offset, axes: axes.as_slice().into() };
     // Gate over up of one expert, and its down projection.
-    let fc1 = |kinds| cut::glu(kinds, ffn, h, x, t);
-    let fc2 = || cut::columns(down, h, ffn, x, t);
-    let all = |cuts: &dyn Fn() -> Vec<Cut>, size: u64| -> Vec<Cut> {
-        each().flat_map(|(j, &e)| cuts().into_iter().map(move |c| c.of(e, j * size))).collect()
+    let turned = matches!(storage, Storage::Grouped | Storage::StackedTransposed);
+    let half = |i: u64, kind: usize| match turned {
+        true => cut(kind, i * ffn, [part(1), whole(2 * ffn)]),
+        false => cut(kind, i * ffn * hidden, [part(hidden), whole(1)]),
     };
+    let swapped = storage == Storage::StackedSwapped;
+    let fc1 = || if swapped { [half(0, up), half(1, gate)] } else { [half(0, gate), half(1, up)] };
+    let fc2 = || [if turned { cut(down, 0, [whole(1), part(hidden)]) } else { cut(down, 0, [whole(ffn), part(1)]) }];
     let [first, second] = names;
-    match storage {
-        Storage::TeGrouped | Storage::Sequential => {
-            let one = |(j, &e): (u64, &u32)| {
-                let name = |n: &str| n.replace("{}", &j.to_string());
-                [
-                    Param::new(name(first), &[2 * local, h], fc1([gate, up]).into_iter().map(|c| c.of(e, 0))),
-                    Param::new(name(second), &[h, local], [fc2().of(e, 0)]),
-                ]
-            };
-            each().flat_map(one).collect()
-        }
-        Storage::Stacked | Storage::StackedSwapped => {
-            let kinds = if storage == Storage::Stacked { [gate, up] } else { [up, gate] };
-            vec![
-                Param::new(first, &[count, 2 * local, h], all(&|| fc1(kinds), 2 * local * h)),
-                Param::new(second, &[count, h, local], all(&|| vec![fc2()], h * local)),
+    if matches!(storage, Storage::TeGrouped | Storage::Sequential) {
+        let one = |(j, &e): (u64, &u32)| {
+            let name = |n: &str| n.replace("{}", &j.to_string());
+            [
+                Param::new(name(first), &[2 * ffn, hidden], fc1().map(|c| c.of(e, 0))),
+                Param::new(name(second), &[hidden, ffn], fc2().map(|c| c.of(e, 0))),
             ]
-        }
-        Storage::Grouped | Storage::StackedTransposed => {
-            let turned = |kind: usize, half: u64| {
-                let cut = cut::transposed(kind, [ffn, h], false, x, t, 2 * local);
-                cut.of(0, half * local)
-            };
-            let fc1 = || vec![turned(gate, 0), turned(up, 1)];
-            let fc2 = || vec![cut::transposed(down, [h, ffn], true, x, t, h)];
-            // Megatron calls the same memory [hidden, experts * 2 * local] and [experts * local, hidden].
-            let shapes = match storage {
-                Storage::Grouped => [vec![h, count * 2 * local], vec![count * local, h]],
-                _ => [vec![count, h, 2 * local], vec![count, local, h]],
-            };
-            vec![Param::new(first, &shapes[0], all(&fc1, 2 * local * h)), Param::new(second, &shapes[1], all(&fc2, h * local))]
-        }
+        };
+        return each().flat_map(one).collect();
     }
+    let shapes = match storage {
+        // The same memory as that of the transposed ones, by other shapes.
+        Storage::Grouped => [vec![hidden, count * 2 * ffn], vec![count * ffn, hidden]],
+        Storage::StackedTransposed => [vec![count, hidden, 2 * ffn], vec![count, ffn, hidden]],
+        _ => [vec![count, 2 * ffn, hidden], vec![count, hidden, ffn]],
+    };
+    let fc1: Vec<Cut> = each().flat_map(|(j, &e)| fc1().map(|c| c.of(e, j * 2 * ffn * hidden))).collect();
+    let fc2: Vec<Cut> = each().flat_map(|(j, &e)| fc2().map(|c| c.of(e, j * hidden * ffn))).collect();
+    vec![Param::new(first, &shapes[0], fc1), Param::new(second, &shapes[1], fc2)]
 }
 
 /// The same for experts that are one tensor a projection (gpt-oss): gate and up by turns in its columns, transposed, with biases.

@@ -121,27 +121,27 @@ impl Variants {
         list.join(", ")
     }
 
-    /// All that differ from these in one member of a side that has not turned out yet; `rows`: of a padded vocabulary.
-    pub fn others(&self, side: usize, left: &Left, rows: Option<u64>) -> Vec<Variants> {
-        let mut out = vec![];
-        for (at, open) in left.open.iter().enumerate() {
-            if left.left[at] && self.0[side][at] == 0 {
-                out.extend((1..).take(open.choices.len()).map(|code| {
-                    let mut other = *self;
-                    other.0[side][at] = code;
-                    other
-                }));
-            }
+    /// All that the left-open members of a side may turn out to be, the fewest members first; `rows`: of a padded vocabulary, if not as
+    /// before.
+    pub fn all(&self, side: usize, left: &Left, rows: Option<u64>) -> Vec<Variants> {
+        let mut out = vec![*self];
+        if let Some(rows) = rows.and_then(|r| u32::try_from(r).ok()).filter(|_| left.vocab) {
+            out[0].0[side][ROWS..].copy_from_slice(&rows.to_le_bytes());
         }
-        if let Some(rows) = rows.and_then(|r| u32::try_from(r).ok()).filter(|_| left.vocab && self.rows(side) == 0) {
-            let mut other = *self;
-            other.0[side][ROWS..].copy_from_slice(&rows.to_le_bytes());
-            out.push(other);
+        for (at, open) in left.open.iter().enumerate().filter(|(at, _)| left.left[*at]) {
+            let codes = 0..=open.choices.len() as u8;
+            let with = |v: &Variants, code: u8| {
+                let mut v = *v;
+                v.0[side][at] = code;
+                v
+            };
+            out = out.iter().flat_map(|v| codes.clone().map(move |code| with(v, code))).collect();
         }
+        out.sort_by_key(|v| v.0[side][..ROWS].iter().filter(|&&code| code != 0).count());
         out
     }
 
-    /// What has turned out on any rank. Two ranks that disagree are an error.
+    /// What has turned out on any rank. Two ranks that disagree are an error, and what this rank's spec does not leave open.
     pub fn of_all(all: impl Iterator<Item = (u32, Variants)>, left: [&Left; 2]) -> Result<Variants> {
         let mut out = Variants::default();
         let mut by = [[0; SIDE]; 2];
@@ -150,6 +150,14 @@ impl Variants {
                 // Byte by byte, but for the rows.
                 for at in (0..=ROWS).filter(|&at| found.0[side][at..Self::end(at)].iter().any(|&b| b != 0)) {
                     let place = at..Self::end(at);
+                    if !(if at == ROWS { left[side].vocab } else { left[side].left[at] }) {
+                        bail!(
+                            RS_ERR_MISMATCH,
+                            "rank {rank} has bound {} parameters as with {}, which the spec of this rank does not leave open",
+                            ["source", "target"][side],
+                            found.shown(side, left[side])
+                        );
+                    }
                     if out.0[side][place.clone()].iter().any(|&b| b != 0)
                         && out.0[side][place.clone()] != found.0[side][place.clone()]
                     {
@@ -183,39 +191,41 @@ mod tests {
     fn members_that_are_given_do_not_turn_out_otherwise() {
         let given = serde_json::json!({"mla_weights": "core", "make_vocab_size_divisible_by": 8});
         let left = Left::new("megatron", given.as_object().unwrap());
-        let others = Variants::default().others(0, &left, Some(128));
-        let shown: Vec<String> = others.iter().map(|v| v.shown(0, &left)).collect();
-        assert_eq!(
-            shown,
-            [
-                "mla_down_proj_cut false",
-                "mla_down_proj_cut true",
-                "mla_mm_split false",
-                "mla_mm_split true",
-                "mla_down_proj_fusion false",
-                "mla_down_proj_fusion true"
-            ]
-        );
-        assert!(Variants::default().others(0, &Left::new("hf", &Map::new()), Some(8)).is_empty());
+        let shown = |v: &Variants| v.shown(0, &left);
+        let all: Vec<String> = Variants::default().all(0, &left, Some(128)).iter().map(shown).collect();
+        assert_eq!(all.len(), 27);
+        assert_eq!(all[..3], ["", "mla_down_proj_fusion false", "mla_down_proj_fusion true"]);
+        assert!(all.contains(&"mla_down_proj_cut true, mla_down_proj_fusion true".to_string()));
+        assert!(!all.iter().any(|v| v.contains("mla_weights") || v.contains("vocab")));
+        assert_eq!(Variants::default().all(0, &Left::new("hf", &Map::new()), Some(8)), [Variants::default()]);
         let open = Left::new("vllm", &Map::new());
-        let rows = Variants::default().others(1, &open, Some(70_000)).pop().unwrap();
+        let rows = Variants::default().all(1, &open, Some(70_000))[0];
         assert_eq!(rows.shown(1, &open), "padded_vocab_size 70000");
-        assert!(rows.others(1, &open, Some(4)).iter().all(|v| v.rows(1) == 70_000), "it has turned out");
+        assert!(rows.all(1, &open, None).iter().all(|v| v.rows(1) == 70_000));
         assert_eq!(Variants::from_words(rows.words()), rows);
     }
 
     #[test]
     fn ranks_must_agree() {
         let left = Left::new("vllm", &Map::new());
-        let all = Variants::default().others(1, &left, Some(128));
-        let (cut, stacked, rows) = (all[0], all[2], all[6]);
+        let of = |codes: [u8; 4], rows: u32| {
+            let mut out = Variants::default();
+            out.0[1][..ROWS].copy_from_slice(&codes);
+            out.0[1][ROWS..].copy_from_slice(&rows.to_le_bytes());
+            out
+        };
+        let (cut, stacked, rows) = (of([1, 0, 0, 0], 0), of([0, 1, 0, 0], 0), of([0; 4], 128));
         let none = Variants::default();
         let union = Variants::of_all([(0, none), (1, cut), (2, stacked), (3, rows), (4, cut)].into_iter(), [&left; 2]).unwrap();
         assert_eq!(union.shown(1, &left), "shared_experts \"cut\", expert_storage \"stacked\", padded_vocab_size 128");
-        let e = Variants::of_all([(0, none), (3, cut), (7, all[1])].into_iter(), [&left; 2]).unwrap_err();
+        let e = Variants::of_all([(0, none), (3, cut), (7, of([2, 0, 0, 0], 0))].into_iter(), [&left; 2]).unwrap_err();
         let words = ["ranks 3 and 7", "target", "shared_experts \"cut\"", "shared_experts \"whole\""];
         words.iter().for_each(|w| assert!(e.text().contains(w), "{e}"));
-        let more = Variants::default().others(1, &left, Some(256)).pop().unwrap();
+        let more = of([0; 4], 256);
         assert!(Variants::of_all([(0, rows), (1, more)].into_iter(), [&left; 2]).unwrap_err().text().contains("256"));
+        let given = serde_json::json!({"shared_experts": "cut"});
+        let left = Left::new("vllm", given.as_object().unwrap());
+        let e = Variants::of_all([(5, cut)].into_iter(), [&left; 2]).unwrap_err();
+        assert!(e.text().contains("rank 5") && e.text().contains("does not leave open"), "{e}");
     }
 }

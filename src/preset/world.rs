@@ -69,6 +69,11 @@ impl World {
         Ok(World { spec, variants, text: self.text.clone() })
     }
 
+    /// What has turned out of each side, in words.
+    pub fn found(&self) -> [String; 2] {
+        [0, 1].map(|side| self.variants.shown(side, &self.spec.left[side]))
+    }
+
     /// The first parameter of a rank that is another one in `other`, by name, with both shapes.
     pub fn differs(&self, other: &World, rank: u32) -> Option<(String, [Vec<u64>; 2])> {
         let of = |world: &World, side: usize| -> Vec<(String, u32, Param)> {

@@ -42,8 +42,12 @@ pub fn check(case: &Case, containers: &[Container], boxes: bool) -> Result<(), S
         if aliased != shared_bytes(case, r) {
             return fail(format!("{aliased} bytes aliased, {} are", shared_bytes(case, r)));
         }
-        if local + aliased + doubled + received != targets {
-            return fail(format!("{local} + {aliased} + {doubled} + {received} bytes for targets of {targets}"));
+        // Doubles are read from targets, all else from sources.
+        let (doubles, at_source) = doubled_bytes(case, r);
+        if doubled != doubles || local + aliased + at_source + received != targets {
+            return fail(format!(
+                "{local} + {aliased} + {doubled} + {received} bytes for targets of {targets}, {doubles} of them doubles"
+            ));
         }
         let mut longest = 0;
         for peer in list(plan, "peers") {
@@ -74,6 +78,18 @@ pub fn check(case: &Case, containers: &[Container], boxes: bool) -> Result<(), S
 
 fn bytes_of(case: &Case, tile: &super::model::Tile) -> u64 {
     tile.extent.iter().product::<i64>() as u64 * case.tensors[tile.tensor].item() as u64
+}
+
+/// Bytes of the second and further targets of elements that come from other ranks, as targets have them and as sources do.
+fn doubled_bytes(case: &Case, rank: usize) -> (u64, u64) {
+    let (have, want) = (held(case, rank, RS_SOURCE), held(case, rank, RS_TARGET));
+    let mut sums = (0, 0);
+    for (t, tensor) in case.tensors.iter().enumerate() {
+        let more = |(w, h): (&u32, &u32)| if *h == 0 { u64::from(w.saturating_sub(1)) } else { 0 };
+        let count: u64 = want[t].iter().zip(&have[t]).map(more).sum();
+        sums = (sums.0 + count * item(tensor.target) as u64, sums.1 + count * tensor.item() as u64);
+    }
+    sums
 }
 
 /// Bytes of a rank's targets that are their own source: the same element at the same address.
@@ -113,19 +129,26 @@ fn check_boxes(case: &Case, rank: usize, container: &Container) -> Result<(), St
             let (from, size, double) = (number(entry, "from") as usize, number(entry, "bytes"), entry["via"] == "double");
             let role = if double { RS_TARGET } else { RS_SOURCE };
             let named = |o: &super::model::Buffer| o.role & role != 0 && o.name == entry["param_from"];
-            if from >= case.ranks.len() || !case.ranks[from].buffers.iter().any(named) || size > bytes || double && from != rank {
+            let tensor = &case.tensors[t];
+            let item = if double { item(tensor.target) } else { tensor.item() } as u64;
+            let at_source = size / item * tensor.item() as u64;
+            if from >= case.ranks.len()
+                || !case.ranks[from].buffers.iter().any(named)
+                || at_source > bytes
+                || double && from != rank
+            {
                 return fail(format!("rank {from}'s {} cannot send {size} bytes", entry["param_from"]));
             }
-            bytes -= size;
+            bytes -= at_source;
             if entry["box"].is_object() {
                 hidden = true;
-                if number(&entry["box"], "elements") * case.tensors[t].item() as u64 != size {
+                if number(&entry["box"], "elements") * item != size {
                     return fail(format!("{entry} is of another size"));
                 }
                 continue;
             }
             let elements = box_elements(&case.tensors[t].shape, &entry["box"]);
-            if elements.len() * case.tensors[t].item() != size as usize {
+            if elements.len() as u64 * item != size {
                 return fail(format!("{entry} is of another size"));
             }
             for e in elements {

@@ -20,10 +20,10 @@ def tensor(layer, name, *shape):
     return values(name, int(np.prod(shape))).reshape(shape)
 
 
-def run(config, **setting):
+def run(config, left_out=(), order=None, **setting):
     """Memory of all trainers after a sync, by rank, chunk and name."""
     ranks = list(range(1, setting.pop("ranks") + 1))
-    return worlds.from_hugging_face(config, {"framework": "megatron", "ranks": ranks, "transformer_impl": "local", **setting})
+    return worlds.from_hugging_face(config, {"framework": "megatron", "ranks": ranks, "transformer_impl": "local", **setting}, left_out, order)
 
 
 def check_latent():
@@ -33,9 +33,11 @@ def check_latent():
         for weights in ("mindspeed", "mindspeed_qb"):
             for split in (False, True):
                 tp = 2 if q_lora else 1
-                got = run(
-                    {**CONFIG, "q_lora_rank": q_lora}, ranks=tp, tensor_model_parallel_size=tp, mla_weights=weights, mla_mm_split=split
-                )
+                members = {"ranks": tp, "tensor_model_parallel_size": tp, "mla_weights": weights, "mla_mm_split": split}
+                got = run({**CONFIG, "q_lora_rank": q_lora}, **members)
+                for order in range(4):  # the parameters' names tell as much
+                    found = run({**CONFIG, "q_lora_rank": q_lora}, ("mla_weights", "mla_mm_split"), order, **members)
+                    check(all((found[key] == got[key]).all() for key in got), "another sync with", weights, split, order)
                 for rank in range(1, tp + 1):
                     part = slice((rank - 1) * HEADS // tp, rank * HEADS // tp)
                     for layer in range(LAYERS):

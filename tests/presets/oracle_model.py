@@ -142,7 +142,14 @@ class Model(Tensors):
     @functools.cached_property
     def sizes(self):
         """The size of every element in bytes, as a source holds it, for so it travels."""
-        sizes = [self.held["source"].dtype_of(name)[1] // 8 for name in self.shapes]
+        return self._sizes("source")
+
+    @functools.cached_property
+    def target_sizes(self):
+        return self._sizes("target")
+
+    def _sizes(self, role):
+        sizes = [self.held[role].dtype_of(name)[1] // 8 for name in self.shapes]
         return np.repeat(sizes, [math.prod(shape) for shape in self.shapes.values()])
 
     def name_in(self, name, elements):

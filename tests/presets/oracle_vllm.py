@@ -175,6 +175,21 @@ class VllmRank:
         self.add(ours + "gate_up_proj.weight", halves(self.model, gate, up, of, index), gate, up)
         self.add(ours + "down_proj.weight", part(self.model[down], of, index, axis=1), down)
 
+    def stored(self, w13, w2):
+        """Experts as a kernel wants them that has rounded their sizes up; each half of w13 is."""
+        here, hidden = w2[0].shape[1], self.model.hidden
+        ffn, width = (self.side.get(f"moe_padded_{name}_size", size) for name, size in (("intermediate", here), ("hidden", hidden)))
+        need(ffn >= here and width >= hidden, "moe_padded")
+        out = [[], []]
+        for one, two in zip(w13, w2):
+            halves_of = np.full((2, ffn, width), -1)
+            halves_of[:, :here, :hidden] = one.reshape(2, here, hidden)
+            down = np.full((width, ffn), -1)
+            down[:hidden, :here] = two
+            out[0].append(halves_of.reshape(2 * ffn, width))
+            out[1].append(down)
+        return out
+
     def experts(self):
         model, moe = self.model, self.model.moe(self.number).removeprefix(self.theirs)
         self.whole(moe + "gate.weight")
@@ -194,6 +209,7 @@ class VllmRank:
         swapped, transposed = storage == "stacked_swapped", storage == "stacked_transposed"
         w13 = [halves(model, *((up, gate) if swapped else (gate, up)), of, index) for gate, up, _ in names]
         w2 = [part(model[down], of, index, axis=1) for _, _, down in names]
+        w13, w2 = self.stored(w13, w2)
         experts = self.ours + moe + "experts.routed_experts."
         w13, w2 = (np.stack([w.T if transposed else w for w in weights]) for weights in (w13, w2))
         self.add(experts + "w13_weight", w13, *dict.fromkeys(name for of_one in names for name in of_one[:2]))

@@ -196,6 +196,11 @@ def vllm_side(rng, wish, model, role):
                 side["expert_placement_strategy"] = placement
         if rng.random() < 0.6:
             side["expert_storage"] = rng.choice(["stacked", "stacked_swapped", "stacked_transposed"])
+        if rng.random() < 0.2:
+            here = model.expert_mlp if wish["parallel"] else model.expert_mlp // (tp * dp)
+            side["moe_padded_intermediate_size"] = here + rng.choice([0, 1, 3])
+        if rng.random() < 0.2:
+            side["moe_padded_hidden_size"] = model.hidden + rng.choice([0, 2, 5])
         if model.shared and model.family in ("DeepseekV2", "DeepseekV3", "Qwen3Next") and rng.random() < 0.3:
             side["shared_experts"] = rng.choice(["whole", "whole", "cut"])
     if model.mla and role == "target" and rng.random() < 0.6:

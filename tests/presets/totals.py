@@ -31,8 +31,11 @@ def naive_rounds(left, message):
     return rounds, slowest
 
 
-def expected(spec, elements, plans, by_rank):
-    """`plans`: RS_DESCRIBE_PLAN of all ranks. `by_rank`: bytes that each rank's sync moves, by kind, as the oracle counts them."""
+def expected(spec, elements, plans, by_rank, landed):
+    """`plans`: RS_DESCRIBE_PLAN of all ranks. `by_rank`: bytes that each rank's sync moves, by kind, as the oracle counts them.
+
+    `landed`: bytes that sources have of what all targets hold.
+    """
     per_host, links = spec.get("ranks_per_host"), spec.get("link_gb_per_s")
     at = {side: stages(spec[side]) for side in ("source", "target")}
     pairs = collections.defaultdict(lambda: [0, 0])
@@ -70,7 +73,7 @@ def expected(spec, elements, plans, by_rank):
     whole = {
         "parameters": elements,
         "ranks": 1 + max(max(at[side]) for side in at),
-        "bytes": {"landed": sum(sum(b.values()) for b in by_rank.values()), "sent": moved, "received": moved},
+        "bytes": {"landed": landed, "sent": moved, "received": moved},
         "pairs": [
             {"source_stage": source, "target_stage": target, "tier": tier, "pairs": count, "bytes": size}
             for (source, target, tier), (count, size) in sorted(pairs.items(), key=lambda p: (p[0][:2], p[0][2] == "network"))

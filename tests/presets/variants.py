@@ -32,12 +32,13 @@ CASES = [
     (LLAMA, "megatron", 4, TP2 | {"pipeline_model_parallel_size": 2}, {"padded_vocab_size": 50}),
     (LLAMA, "megatron", 3, {}, {"padded_vocab_size": 51}),
     (LLAMA, "vllm", 2, VLLM2, {"padded_vocab_size": 50}),
-    (LLAMA, "vllm", 4, VLLM2 | {"pipeline_parallel_size": 2}, {"padded_vocab_size": 320}),
+    (LLAMA, "vllm", 4, VLLM2 | {"pipeline_parallel_size": 2}, {"padded_vocab_size": 192}),
     (MLA, "vllm", 2, VLLM2, {"shared_experts": "whole"}),
     (MLA, "vllm", 4, VLLM2 | {"data_parallel_size": 2, "enable_expert_parallel": True}, {"shared_experts": "cut"}),
     (SQUARE, "vllm", 2, VLLM2, {"expert_storage": "stacked_transposed"}),
     (MLA, "vllm", 2, VLLM2, {"fused_qkv_a_proj": False}),
     (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True}),
+    (MLA, "megatron", 2, TP2 | {"transformer_impl": "local"}, {"mla_down_proj_fusion": True, "mla_down_proj_cut": False}),
     (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True, "mla_down_proj_cut": True}),
     (SQUARE, "vllm", 2, VLLM2 | {"enable_expert_parallel": True}, {"expert_storage": "stacked_transposed", "padded_vocab_size": 30}),
 ]  # fmt: skip
@@ -58,7 +59,8 @@ def check_found():
         for full, left in sides(*case):
             world = case[2] + 1
             try:
-                worlds.run(full, world, specs=[left] * world, left_open=True, again=True)
+                for order in (None, 1, 2):
+                    worlds.run(full, world, specs=[left] * world, left_open=True, again=True, order=order)
             except Exception as error:
                 raise AssertionError(f"{error}\n{json.dumps(left)}\ninstead of\n{json.dumps(full)}") from error
             count += 1
@@ -86,7 +88,7 @@ def check_refused():
     array = lambda *shape: np.full(shape, worlds.POISON, np.uint16)  # noqa: E731
     preset = new(spec, 0)
     text = refusal(lambda: preset.bind(down, array(5, 12), TARGET))
-    says(text, down, "[6, 12]", "[5, 12]", "mla_down_proj_cut true: shape [3, 12]")
+    says(text, down, "[6, 12]", "[5, 12]", "with mla_down_proj_cut true it has shape [3, 12]")
     preset.bind(down, array(3, 12), TARGET)
     found = preset.describe(reshard.DESCRIBE_LAYOUT)["found"]
     check(found == {"source": "", "target": "mla_down_proj_cut true"}, "found", found)
@@ -99,11 +101,16 @@ def check_refused():
     says(text, down, "[6, 12]", "[3, 12]")
     check("mla_down_proj_cut" not in text, text)
     preset.close()
+    # A vocabulary that is no padded one of this model.
+    preset = new(spec, 0)
+    text = refusal(lambda: preset.bind("embedding.word_embeddings.weight", array(500, 12), TARGET))
+    says(text, "[128, 12]", "[500, 12]")
+    preset.close()
     # One bound before fits the default alone.
     preset = new(spec, 0)
     preset.bind(down, array(6, 12), TARGET)
     text = refusal(lambda: preset.bind(kv, array(6, 12), TARGET))
-    says(text, kv, down, "mla_down_proj_cut true", "does not fit")
+    says(text, kv, down, "mla_down_proj_cut true", "bound before, does not")
     preset.close()
 
     # A derived weight that is left out must be a view, or it would keep its values.
@@ -120,6 +127,24 @@ def check_refused():
     preset.bind(derived, array(4, 10, 5), TARGET)
     says(refusal(preset.layout), derived, "mla_derived_weights", "copies")
     preset.close()
+
+    # A rank that has none of it hears of it.
+    hub, told = next(worlds.hubs), {}
+    whole = {"model": LLAMA, "source": {"framework": "hf", "ranks": [1]}, "target": {"framework": "megatron", "ranks": [0]}}
+
+    def hear(rank):
+        preset, comm = new(whole, rank), worlds.LoopbackComm(hub, rank, 2)
+        for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
+            shape = [60, 8] if p["name"].startswith("embedding") else p["shape"]
+            preset.bind(p["name"], array(*shape), SOURCE if rank else TARGET)
+        container = reshard.Container(preset, comm, f"rank {rank}", worlds.TIMEOUT_MS)
+        container.connect()
+        told[rank] = container.describe(reshard.DESCRIBE_PLAN)["found"]
+        for handle in (container, comm, preset):
+            handle.close()
+
+    on_threads(range(2), hear)
+    check(all(t == {"source": "", "target": "padded_vocab_size 60"} for t in told.values()), "told", told)
 
     # Ranks that disagree: found against found, and found against the default.
     def connected(shapes):
@@ -151,7 +176,7 @@ def check_refused():
         says(error, "MISMATCH", "rank 1", "down_proj", "mla_down_proj_cut true")
     for error in connected([(True, 16), (True, 32)]).values():
         says(error, "MISMATCH", "ranks 0 and 1", "target", "padded_vocab_size 32", "padded_vocab_size 64")
-    return 7
+    return 9
 
 
 def main():

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import sys
 import threading
 
@@ -106,21 +107,27 @@ class Described:
         here = is_held[wanted]
         is_missing[wanted[~here]] = True
         sizes = self.model.sizes
+        again = np.bincount(wanted[~here], minlength=self.model.elements) - is_missing
         aliased, received = int(sizes[shared].sum()), int(sizes[is_missing].sum())
         return {
             "aliased": aliased,
             "local": int(sizes[wanted[here]].sum()) - aliased,
             "received": received,
-            "doubled": int(sizes[wanted[~here]].sum()) - received,
+            "doubled": int((again * self.model.target_sizes).sum()),  # read from the first target
         }
+
+    def landed_bytes(self):
+        """What the targets hold, as sources have it."""
+        return sum(int(self.model.sizes[p.real].sum()) for p in self.params["target"])
 
 
 class Rank(Described):
     """One rank's parameters and their memory."""
 
-    def __init__(self, spec, rank, model, sources=None, share=lambda param: False, skip_optional=False):
+    def __init__(self, spec, rank, model, sources=None, share=lambda param: False, skip_optional=False, order=None):
         """`sources`: memory to send, by (chunk, name); else the oracle's. `share(target)`: whether it may be the source's own memory."""
         super().__init__(spec, rank, model)
+        self.order = order
         self.memory = {side: {} for side in ROLES}
         for param in self.params["source"]:
             if param.required or not skip_optional:
@@ -151,14 +158,14 @@ class Rank(Described):
     def bind(self, rename=lambda side, name: name):
         """Memory that is a source and a target under one name is bound once, with both roles."""
         both = {key for key, source in self.shared.items() if key == source}
-        for side, role in ROLES.items():
-            for param in self.params[side]:
-                if param.key not in self.memory[side] or (param.key in both and side == "source"):
-                    continue
-                roles = SOURCE | TARGET if param.key in both else role
-                self.preset.bind(
-                    rename(side, param.name), self.memory[side][param.key], roles, param.dtype, param.chunk
-                )
+        params = [(side, param) for side in ROLES for param in self.params[side]]
+        if self.order:
+            random.Random(self.order).shuffle(params)
+        for side, param in params:
+            if param.key not in self.memory[side] or (param.key in both and side == "source"):
+                continue
+            roles = SOURCE | TARGET if param.key in both else ROLES[side]
+            self.preset.bind(rename(side, param.name), self.memory[side][param.key], roles, param.dtype, param.chunk)
 
     def check_targets(self):
         """Every element is what the oracle says, and padding is untouched."""
@@ -236,7 +243,7 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
                 peers[1],
             )
         if plans:
-            whole, wanted = ranks[0].preset.describe(reshard.DESCRIBE_WORLD), totals.expected(spec, model.elements, plans, expected)
+            whole, wanted = ranks[0].preset.describe(reshard.DESCRIBE_WORLD), totals.expected(spec, model.elements, plans, expected, sum(r.landed_bytes() for r in ranks))
             for key in whole.keys() | wanted.keys():
                 check(whole.get(key) == wanted.get(key), f"the world's {key}:", whole.get(key), "instead of", wanted.get(key))
         if again:
@@ -252,18 +259,23 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
     return ranks
 
 
-def from_hugging_face(model, target):
+def from_hugging_face(model, target, left_out=(), order=None):
     """Memory of the target's ranks, which are 1 and up, after a sync from rank 0, which has the whole tensors: by rank, chunk and name.
 
-    Knows no layout: buffers have the shapes that the preset asks for.
+    Knows no layout: buffers have the shapes that the preset asks for. `left_out`: members of the target that the parameters, bound in an
+    order that follows from `order`, must tell.
     """
     spec = {"model": model, "source": {"framework": "hf", "ranks": [0]}, "target": target}
+    left = {**spec, "target": {key: value for key, value in target.items() if key not in left_out}}
     world, hub, memory = 1 + len(target["ranks"]), next(hubs), {}
 
     def work(rank):
         comm = LoopbackComm(hub, rank, world)
-        preset = reshard.Preset(spec, rank)
-        for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
+        full, preset = reshard.Preset(spec, rank), reshard.Preset(left, rank)
+        params = full.describe(reshard.DESCRIBE_LAYOUT)["params"]
+        if order:
+            random.Random(order).shuffle(params)
+        for p in params:
             array = np.full(p["shape"], POISON, np.uint16)
             if rank == 0:
                 array[...] = oracle.values(p["name"], array.size).reshape(array.shape)
@@ -273,7 +285,7 @@ def from_hugging_face(model, target):
         container = reshard.Container(preset, comm, f"rank {rank}", TIMEOUT_MS)
         container.connect()
         container.sync(1)
-        for handle in (container, comm, preset):
+        for handle in (container, comm, preset, full):
             handle.close()
 
     on_threads(range(world), work)

@@ -277,7 +277,14 @@ fn values_are_rounded_to_the_nearest() {
         let [src_item, dst_item] = [from, to].map(|f| f.item() as usize);
         let expected: Vec<Option<u32>> = bits.iter().map(|&b| converted(convert, b)).collect();
         let n = bits.len() as u64 / 6 * 6;
-        for axes in [vec![(n, 1, 1)], vec![(n / 2, 2, 1), (2, 1, n / 2)], vec![(n / 3, 3, 5), (3, 1, 1)], vec![(n, 1, 3)]] {
+        for axes in [
+            vec![(n, 1, 1)],
+            vec![(n / 2, 2, 1), (2, 1, n / 2)],
+            vec![(n / 3, 3, 5), (3, 1, 1)],
+            vec![(n / 30, 30, 31), (30, 1, 1)],
+            vec![(n / 900, 900, 901), (900, 1, 1)],
+            vec![(n, 1, 3)],
+        ] {
             let copy = StridedCopy::converting(from.item(), Some(convert), 0, 0, axes.clone());
             let source: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()[..src_item].to_vec()).collect();
             let device = HostDevice::new();

@@ -73,7 +73,7 @@ pub fn section(model: &Model, moe: &Moe, o: &Options, tp: u64, pp: u64) -> Resul
         let (slots, cut) = (&of[(s / etp) as usize], (s % etp, etp));
         match moe.fused {
             true => experts::fused(model, moe, storage, [names[0], biases[0], names[1], biases[1]], slots, cut),
-            false => experts::params(model, moe, storage, names, slots, cut),
+            false => experts::params(model, moe, storage, names, slots, cut, [moe.ffn / etp, model.hidden]),
         }
     };
     Ok((mesh, Section::new(1, (0..ep * etp).map(shard).collect())))

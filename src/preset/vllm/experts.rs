@@ -5,8 +5,9 @@ use super::{Options, Strategy};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::preset::experts::{self, Storage};
-use crate::preset::model::{LayerType, Model};
+use crate::preset::model::{LayerType, MOST_ELEMENTS, Model};
 use crate::preset::side::Section;
+use crate::preset::spec::size;
 
 /// The experts of all layers, or with a map of each and then of those that predict, over the `ranks` of a stage of an engine.
 pub fn sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section>> {
@@ -15,11 +16,26 @@ pub fn sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section>> 
     if moe.fused && storage != Storage::Stacked {
         bail!(RS_ERR_UNSUPPORTED, "expert_storage: {} is built stacked only", model.architecture);
     }
+    let local = if o.enable_expert_parallel { moe.ffn } else { moe.ffn / ranks };
+    let stored = [
+        padded("moe_padded_intermediate_size", o.moe_padded_intermediate_size, local)?,
+        padded("moe_padded_hidden_size", o.moe_padded_hidden_size, model.hidden)?,
+    ];
+    let most = o.physical_to_logical_map.iter().flatten().map(Vec::len).max().unwrap_or(0).max(moe.experts as usize) as u64;
+    if stored[0].saturating_mul(stored[1]).saturating_mul(2 * most) > MOST_ELEMENTS {
+        bail!(
+            RS_ERR_INVALID,
+            "moe_padded_intermediate_size and moe_padded_hidden_size {stored:?}: {most} such experts are too large"
+        );
+    }
+    if moe.fused && stored != [local, model.hidden] {
+        bail!(RS_ERR_UNSUPPORTED, "moe_padded_intermediate_size, moe_padded_hidden_size: not built for {}", model.architecture);
+    }
     let prefix = format!("{}.experts.routed_experts", moe.block);
     let fused = ["w13_weight", "w13_bias", "w2_weight", "w2_bias"].map(|n| format!("{prefix}.{n}"));
     let params = |slots: &[u32], cut: (u64, u64)| match moe.fused {
         true => experts::fused(model, moe, storage, fused.each_ref().map(String::as_str), slots, cut),
-        false => experts::params(model, moe, storage, [&fused[0], &fused[2]], slots, cut),
+        false => experts::params(model, moe, storage, [&fused[0], &fused[2]], slots, cut, stored),
     };
     if !matches!(storage, Storage::Stacked | Storage::StackedSwapped | Storage::StackedTransposed) {
         bail!(RS_ERR_INVALID, "expert_storage: vLLM's are stacked, stacked_swapped and stacked_transposed");
@@ -84,4 +100,13 @@ pub fn sections(model: &Model, o: &Options, ranks: u64) -> Result<Vec<Section>> 
         out.push(section(&experts::linear(moe.experts, ranks)));
     }
     Ok(out)
+}
+
+/// A size as it is stored.
+fn padded(member: &str, given: Option<u64>, least: u64) -> Result<u64> {
+    let given = given.map_or(Ok(least), |n| size(member, n))?;
+    if given < least {
+        bail!(RS_ERR_INVALID, "{member} is {given}, a rank's experts have {least}");
+    }
+    Ok(given)
 }

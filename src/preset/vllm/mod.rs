@@ -43,6 +43,12 @@ pub struct Options {
     /// How w13 and w2 lie after loading.
     #[serde(default)]
     expert_storage: Option<Storage>,
+    /// A rank's intermediate size of an expert as a kernel has rounded it up; up is in the second half of w13's rows.
+    #[serde(default)]
+    moe_padded_intermediate_size: Option<u64>,
+    /// hidden_size as a kernel has rounded it up.
+    #[serde(default)]
+    moe_padded_hidden_size: Option<u64>,
     /// Default: as vLLM has them. vllm-ascend's enable_shared_expert_dp makes them whole.
     #[serde(default)]
     shared_experts: Option<Shared>,
@@ -202,6 +208,8 @@ fn members(model: &Model, o: &Options, target: bool) -> Result<()> {
         ("physical_to_logical_map", o.physical_to_logical_map.is_some()),
         ("expert_storage", o.expert_storage.is_some()),
         ("shared_experts", o.shared_experts.is_some()),
+        ("moe_padded_intermediate_size", o.moe_padded_intermediate_size.is_some()),
+        ("moe_padded_hidden_size", o.moe_padded_hidden_size.is_some()),
     ];
     for_experts(model, &given)?;
     let copies = o.mla_derived_weights == Derived::Copies;
