@@ -325,6 +325,7 @@ NOT_BUILT = [
     (spec(model=sized(mlp_bias=True)), "mlp_bias"),
     (spec(model=sized(quantization_config={"quant_method": "fp8"})), "quantization_config"),
     (spec(model={**GLM, "mlp_bias": True}), "mlp_bias"),
+    (spec(model={**DEEPSEEK, "architectures": ["DeepseekV32ForCausalLM"]}), "DeepseekV32ForCausalLM"),
     (spec(model={**NEXT, "attention_bias": True}), "attention_bias"),
     (spec(model={**NEXT, "attn_output_gate": False}), "attn_output_gate"),
     (spec(model=without("full_attention_interval", NEXT)), "full_attention_interval", "layer 0", "linear_attention"),

@@ -76,7 +76,14 @@ fn every_rank_plans() {
     let engine = |ranks, more: Value| side("vllm", ranks, more);
     let all = [
         (glm(&GLM[1]), megatron(16, moe), megatron(16, other.clone())),
-        (glm(&GLM[1]), side("hf", 16..17, json!({})), megatron(16, other)),
+        (glm(&GLM[1]), side("hf", 16..17, json!({})), megatron(16, other.clone())),
+        // The engine's routers are in fp32.
+        (
+            glm(&GLM[0]),
+            megatron(16, other.clone()),
+            engine(0..16, json!({"tensor_parallel_size": 8, "data_parallel_size": 2, "enable_expert_parallel": true})),
+        ),
+        (glm(&GLM[1]), megatron(16, other), engine(16..24, json!({"tensor_parallel_size": 8, "mtp_drafter": true}))),
         (sees(&QWEN2_5_VL[0]), megatron(8, tower), engine(0..8, json!({"tensor_parallel_size": 2, "replicas": 4}))),
         (
             sees(&QWEN2_5_VL[1]),
