@@ -816,7 +816,9 @@ void rs_container_destroy(rs_container_t *container);
  *   a list for each layer that has any; expert_storage: how w13 and w2 lie after loading, "stacked", "stacked_swapped" (up
  *   before gate) or "stacked_transposed" (vllm-ascend); mtp_drafter, whether the drafter's parameters, which are in model
  *   chunk 1, are there; mla_derived_weights, whether W_UK_T and W_UV are "views" of kv_b_proj, which are left out, or "copies"
- *   (vllm-ascend), which are written; fused_qkv_a_proj (true).
+ *   (vllm-ascend), which are written; fused_qkv_a_proj (true);
+ *   e_score_correction_bias_dtype ("float32"); moe_padded_intermediate_size and moe_padded_hidden_size, a rank's experts as a kernel
+ *   has rounded them up.
  * - hf: whole Hugging Face tensors on each rank; dtype.
  *
  * Layers for multi-token prediction are part of the world if a side asks for them; both sides that do must hold equally many, and a
@@ -847,8 +849,8 @@ rs_status_t rs_preset_create(const char *spec_json, int32_t rank, rs_preset_t **
  *
  * A framework's release or patch may hold a tensor in another way than the default. Where the spec does not give the member that says
  * how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_down_proj_fusion, mla_weights,
- * mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj and the padded vocabulary of
- * vllm. So a rank's parameters may be bound in any order, but describe tells the final names and shapes only afterwards. Connect tells
+ * mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj,
+ * e_score_correction_bias_dtype and the padded vocabulary of vllm. So a rank's parameters may be bound in any order, but describe tells the final names and shapes only afterwards. Connect tells
  * the other ranks what was found; rs_container_describe() lists all of it.
  *
  * - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.

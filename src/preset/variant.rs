@@ -38,6 +38,7 @@ const VLLM: &[Open] = &[
     Open { members: &["shared_experts"], choices: &[Text("cut"), Text("whole")] },
     Open { members: &["expert_storage"], choices: &[Text("stacked"), Text("stacked_transposed")] },
     Open { members: &["fused_qkv_a_proj"], choices: &[Flag(false), Flag(true)] },
+    Open { members: &["e_score_correction_bias_dtype"], choices: &[Text("float32"), Text("bfloat16"), Text("float16")] },
 ];
 
 /// Members that give the padded size of the vocabulary, the first as a number of rows.

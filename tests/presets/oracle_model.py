@@ -33,13 +33,16 @@ class Held:
     def __init__(self, model, side):
         named = side.get("params_dtype" if side.get("framework") == "megatron" else "dtype")
         self.dtype = DTYPES[named] if named else model.dtype
+        self.bias_dtype = DTYPES[side.get("e_score_correction_bias_dtype", "float32")]
         self.wide_gates = side.get("framework") == "vllm" and model.family == "Glm4Moe"
         # Norms of Qwen3-Next are zero-centred in all frameworks.
         self.centred = side.get("layernorm_zero_centered_gamma", False) and model.family != "Qwen3Next"
 
     def dtype_of(self, name):
-        """The routers' correction biases are float32 in a model of any type, and the routers themselves in vLLM's GLM."""
-        if name.endswith(".e_score_correction_bias") or (self.wide_gates and name.endswith(".mlp.gate.weight")):
+        """The routers' correction biases are float32 in a model of any type, unless an engine has cast them, and the routers themselves in vLLM's GLM."""
+        if name.endswith(".e_score_correction_bias"):
+            return self.bias_dtype
+        if self.wide_gates and name.endswith(".mlp.gate.weight"):
             return FP32
         return self.dtype
 

@@ -201,6 +201,8 @@ def vllm_side(rng, wish, model, role):
             side["moe_padded_intermediate_size"] = here + rng.choice([0, 1, 3])
         if rng.random() < 0.2:
             side["moe_padded_hidden_size"] = model.hidden + rng.choice([0, 2, 5])
+        if model.router_bias and rng.random() < 0.4:
+            side["e_score_correction_bias_dtype"] = rng.choice(["float32", "bfloat16", "bfloat16", "float16"])
         if model.shared and model.family in ("DeepseekV2", "DeepseekV3", "Qwen3Next") and rng.random() < 0.3:
             side["shared_experts"] = rng.choice(["whole", "whole", "cut"])
     if model.mla and role == "target" and rng.random() < 0.6:

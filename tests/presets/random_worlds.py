@@ -13,7 +13,7 @@ from random_specs import random_spec
 from worlds import reshard
 
 
-TOLD = ("mla_down_proj_cut", "mla_down_proj_fusion", "expert_storage", "shared_experts", "fused_qkv_a_proj")
+TOLD = ("mla_down_proj_cut", "mla_down_proj_fusion", "expert_storage", "shared_experts", "fused_qkv_a_proj", "e_score_correction_bias_dtype")
 
 
 def older_names(name):

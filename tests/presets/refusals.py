@@ -237,7 +237,7 @@ def check_expert_binds():
         (0, "source", "decoder.layers.1.mlp.experts.weight1", {"shape": (c.c_int64 * 8)(4, 16, 24), "ndim": 3}),
         (0, "source", "decoder.layers.1.mlp.router.expert_bias", {"dtype": reshard.Dtype(2, 16, 1)}),
         (2, "target", "model.layers.1." + experts, {"shape": (c.c_int64 * 8)(8, 16, 24)}),
-        (2, "target", "model.layers.1.mlp.gate.e_score_correction_bias", {"dtype": reshard.Dtype(4, 16, 1)}),
+        (2, "target", "model.layers.1.mlp.gate.e_score_correction_bias", {"dtype": reshard.Dtype(2, 64, 1)}),
         (2, "target", "model.layers.1." + experts.replace("routed_experts.", ""), {"dtype": reshard.Dtype(2, 32, 1)}),
     ):
         rank, preset = worlds.Rank(s, number, model), reshard.Preset(s, number)

@@ -249,6 +249,8 @@ SPECS = [
     (spec(M(1, **{MTP: 1}), V(1, **{DRAFTER: True}), model=PREDICTS), MTP, DRAFTER, "1", "2"),
     (spec(M(1, **{MTP: 1}), M(1, **{MTP: 2}), model=PREDICTS), MTP, "1", "2"),
     (spec(V(1, padded_vocab_size=8)), "padded_vocab_size"),
+    (spec(V(1, e_score_correction_bias_dtype="float32")), "e_score_correction_bias_dtype"),
+    (spec(V(1, e_score_correction_bias_dtype="int8"), model=DEEPSEEK), "e_score_correction_bias_dtype", "int8"),
     (spec(V(1, moe_padded_hidden_size=8), model=DEEPSEEK), "moe_padded_hidden_size"),
     (spec(V(1, moe_padded_intermediate_size=1 << 28, moe_padded_hidden_size=1 << 28), model=DEEPSEEK), "too large"),
     (spec(M(1, layernorm_zero_centered_gamma=True, transformer_impl="local")), "layernorm_zero_centered_gamma"),

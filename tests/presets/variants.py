@@ -37,6 +37,7 @@ CASES = [
     (MLA, "vllm", 4, VLLM2 | {"data_parallel_size": 2, "enable_expert_parallel": True}, {"shared_experts": "cut"}),
     (SQUARE, "vllm", 2, VLLM2, {"expert_storage": "stacked_transposed"}),
     (MLA, "vllm", 2, VLLM2, {"fused_qkv_a_proj": False}),
+    (MLA, "vllm", 2, VLLM2, {"e_score_correction_bias_dtype": "bfloat16", "expert_storage": "stacked_transposed", "shared_experts": "whole"}),
     (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True}),
     (MLA, "megatron", 2, TP2 | {"transformer_impl": "local"}, {"mla_down_proj_fusion": True, "mla_down_proj_cut": False}),
     (MLA, "megatron", 2, TP2, {"mla_down_proj_fusion": True, "mla_down_proj_cut": True}),

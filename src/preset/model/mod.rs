@@ -265,6 +265,8 @@ const BFLOAT: u8 = 4;
 
 /// fp32.
 pub const FP32: (u8, u8) = (FLOAT, 32);
+/// fp16.
+pub const FP16: (u8, u8) = (FLOAT, 16);
 /// bf16.
 pub const BF16: (u8, u8) = (BFLOAT, 16);
 
@@ -457,7 +459,7 @@ pub fn architecture(config: &Map<String, Value>) -> Result<String> {
 pub fn dtype(name: &Value) -> Result<(u8, u8)> {
     match name.as_str().map(|n| n.trim_start_matches("torch.")) {
         Some("bfloat16") => Ok(BF16),
-        Some("float16") => Ok((FLOAT, 16)),
+        Some("float16") => Ok(FP16),
         Some("float32") => Ok(FP32),
         _ => bail!(RS_ERR_UNSUPPORTED, "dtype {name}: there are bfloat16, float16 and float32"),
     }

@@ -65,7 +65,8 @@ pub fn params(shard: &Shard<'_>, o: &Options, whole: bool) -> Vec<Param> {
         out.push(same(names::ROUTER_BIAS));
     }
     if moe.correction {
-        out.push(same(&moe.correction_name()));
+        let bias = same(&moe.correction_name());
+        out.push(Param { dtype: o.e_score_correction_bias_dtype.map_or(bias.dtype, |d| Some(d.dlpack())), ..bias });
     }
     if moe.shared > 0 {
         let shard = if whole { &all } else { shard };

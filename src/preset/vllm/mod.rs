@@ -10,7 +10,7 @@ mod layer;
 
 use super::experts::Storage;
 use super::mesh::{Axis, Mesh};
-use super::model::{Attention, LayerType, MOST_ELEMENTS, Model, names};
+use super::model::{Attention, BF16, FP16, FP32, LayerType, MOST_ELEMENTS, Model, names};
 use super::shard::{self, EMBED, EXPERTS, HEAD, MERGER, MTP, NORM, PATCH, Shard, VISION, sections};
 use super::side::{Parts, Slot};
 use super::spec::{List, Ranks, divides, for_experts, one, size};
@@ -52,6 +52,9 @@ pub struct Options {
     /// Default: as vLLM has them. vllm-ascend's enable_shared_expert_dp makes them whole.
     #[serde(default)]
     shared_experts: Option<Shared>,
+    /// Default: fp32, as vLLM creates it; vllm-ascend and some paths cast it after loading.
+    #[serde(default)]
+    e_score_correction_bias_dtype: Option<Float>,
     /// Whether both MLA down projections are one parameter.
     #[serde(default = "yes")]
     fused_qkv_a_proj: bool,
@@ -92,6 +95,26 @@ enum Strategy {
 enum Shared {
     Cut,
     Whole,
+}
+
+/// A dtype by its name in PyTorch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Float {
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+impl Float {
+    /// DLPack code and bits.
+    fn dlpack(self) -> (u8, u8) {
+        match self {
+            Float::Float32 => FP32,
+            Float::Bfloat16 => BF16,
+            Float::Float16 => FP16,
+        }
+    }
 }
 
 /// What W_UK_T and W_UV are.
@@ -212,6 +235,9 @@ fn members(model: &Model, o: &Options, target: bool) -> Result<()> {
         ("moe_padded_hidden_size", o.moe_padded_hidden_size.is_some()),
     ];
     for_experts(model, &given)?;
+    if o.e_score_correction_bias_dtype.is_some() && !model.moe.as_ref().is_some_and(|m| m.correction) {
+        bail!(RS_ERR_INVALID, "e_score_correction_bias_dtype: the routers of {} have no such bias", model.architecture);
+    }
     let copies = o.mla_derived_weights == Derived::Copies;
     let latent = matches!(model.attention, Attention::Latent(_));
     for (member, given) in [("mla_derived_weights \"copies\"", copies), ("fused_qkv_a_proj false", !o.fused_qkv_a_proj)] {
