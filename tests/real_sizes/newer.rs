@@ -53,6 +53,44 @@ fn sees(row: &Sees) -> Value {
     })
 }
 
+/// Texts of config.json with all that publishers write there, and the public totals.
+const CONFIGS: [(&str, &str, u64); 13] = [
+    ("Llama-3.1-8B", include_str!("configs/Llama-3.1-8B.json"), 8_030_261_248),
+    ("Qwen2.5-7B", include_str!("configs/Qwen2.5-7B.json"), 7_615_616_512),
+    ("Qwen3-8B", include_str!("configs/Qwen3-8B.json"), 8_190_735_360),
+    ("Qwen3-30B-A3B", include_str!("configs/Qwen3-30B-A3B.json"), 30_532_122_624),
+    ("Mixtral-8x7B", include_str!("configs/Mixtral-8x7B.json"), 46_702_792_704),
+    ("Qwen1.5-MoE-A2.7B", include_str!("configs/Qwen1.5-MoE-A2.7B.json"), 14_315_784_192),
+    ("DeepSeek-V2-Lite", include_str!("configs/DeepSeek-V2-Lite.json"), 15_706_484_224),
+    ("DeepSeek-V3", include_str!("configs/DeepSeek-V3.json"), 671_026_419_200),
+    ("Kimi-K2", include_str!("configs/Kimi-K2.json"), 1_026_408_232_448),
+    ("Moonlight-16B-A3B", include_str!("configs/Moonlight-16B-A3B.json"), 15_960_110_208),
+    ("GLM-4.5-Air", include_str!("configs/GLM-4.5-Air.json"), 106_852_251_264),
+    ("gpt-oss-20b", include_str!("configs/gpt-oss-20b.json"), 20_914_757_184),
+    ("Qwen2.5-VL-7B", include_str!("configs/Qwen2.5-VL-7B.json"), 8_292_166_656),
+];
+
+/// A published config is taken as it is, unless it is of a quantised checkpoint.
+#[test]
+fn published_configs() {
+    let world = |config: &Value| {
+        let hf = json!({"framework": "hf", "ranks": [0]});
+        World::new(&json!({"model": config, "source": hf, "target": hf}).to_string())
+    };
+    for (name, text, total) in CONFIGS {
+        let mut config: Value = serde_json::from_str(text).unwrap();
+        if config.get("quantization_config").is_some() {
+            let e = world(&config).err().unwrap_or_else(|| panic!("{name} is quantised"));
+            assert!(e.text().contains("quantization_config"), "{name}: {e}");
+            config.as_object_mut().unwrap().remove("quantization_config");
+        }
+        assert_eq!(world(&config).unwrap_or_else(|e| panic!("{name}: {e}")).model().parameters(), total, "{name}");
+    }
+    let next: Value = serde_json::from_str(include_str!("configs/Qwen3-Next-80B-A3B.json")).unwrap();
+    let e = world(&next).err().expect("linear attention");
+    assert!(e.text().contains("linear_attention") && e.text().contains("layer 0"), "{e}");
+}
+
 #[test]
 fn public_totals() {
     let models = GLM.iter().map(|r| (r.0, glm(r), r.4)).chain(QWEN2_5_VL.iter().map(|r| (r.0, sees(r), r.4)));
