@@ -161,7 +161,12 @@ fn dtype(rng: &mut Rng, case: &mut Case) -> Option<Broken> {
     rank.tiles.iter_mut().filter(|x| x.buffer == b).for_each(|x| x.transform = 0);
     let tensors = rank.tiles.iter().filter(|x| x.buffer == b).map(|x| case.tensors[x.tensor].name.clone());
     let words = vec![tensors.collect(), vec![rank.buffers[b].name.clone()]];
-    Some(Broken { what: "another element type than the source", own: Some(r), statuses: &[RS_ERR_MISMATCH, RS_ERR_LAYOUT], words })
+    Some(Broken {
+        what: "another element type than the source",
+        own: Some(r),
+        statuses: &[RS_ERR_MISMATCH, RS_ERR_LAYOUT, RS_ERR_UNSUPPORTED],
+        words,
+    })
 }
 
 /// A transform that is not built.

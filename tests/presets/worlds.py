@@ -165,7 +165,10 @@ class Rank(Described):
             if param.key not in self.memory[side] or (param.key in both and side == "source"):
                 continue
             roles = SOURCE | TARGET if param.key in both else ROLES[side]
-            self.preset.bind(rename(side, param.name), self.memory[side][param.key], roles, param.dtype, param.chunk)
+            # A name that is one on both sides has no wrapper that one of the frameworks does not know.
+            frameworks = {self.spec[other]["framework"] for other in ROLES}
+            name = param.name if param.key in both and len(frameworks) > 1 else rename(side, param.name)
+            self.preset.bind(name, self.memory[side][param.key], roles, param.dtype, param.chunk)
 
     def check_targets(self):
         """Every element is what the oracle says, and padding is untouched."""
