@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Longest wait in one call. Reaching it is a failure, so it only bounds how long a hang lasts.
-const TIMEOUT_MS: u32 = 30_000;
+const TIMEOUT_MS: u32 = 120_000;
 
 /// A world at work. Fields drop in this order: containers before what they borrow.
 pub struct World<'a> {
