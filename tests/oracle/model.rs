@@ -56,9 +56,7 @@ impl Tensor {
         let mut word = [0; 4];
         word[..bytes.len()].copy_from_slice(bytes);
         let bits = u32::from_le_bytes(word);
-        let found = (0..2).flat_map(|s| (-8..8).flat_map(move |e| (0..128).map(move |f| (s == 1, e, f))));
-        let (negative, exponent, fraction) =
-            found.into_iter().find(|&(s, e, f)| encoded(self.dtype, s, e, f) == bits).expect("a number of `float`");
+        let (negative, exponent, fraction) = decoded(self.dtype, bits);
         let mut bits = encoded(self.target, negative, exponent, fraction);
         match self.transform {
             0 => {}
@@ -85,6 +83,16 @@ fn encoded(dtype: rs_dtype_t, negative: bool, exponent: i32, fraction: u32) -> u
         (4, 16) => u32::from(negative) << 15 | ((exponent + 127) as u32) << 7 | fraction,
         _ => u32::from(negative) << 31 | ((exponent + 127) as u32) << 23 | fraction << 16,
     }
+}
+
+/// The reverse.
+fn decoded(dtype: rs_dtype_t, bits: u32) -> (bool, i32, u32) {
+    let (sign, exponent, fraction) = match (dtype.code, dtype.bits) {
+        (2, 16) => (bits >> 15, (bits >> 10 & 31) as i32 - 15, bits >> 3 & 127),
+        (4, 16) => (bits >> 15, (bits >> 7 & 255) as i32 - 127, bits & 127),
+        _ => (bits >> 31, (bits >> 23 & 255) as i32 - 127, bits >> 16 & 127),
+    };
+    (sign == 1, exponent, fraction)
 }
 
 /// A row of a rank's buffer table, and where it lies: `at` bytes into the rank's block number `block`.
