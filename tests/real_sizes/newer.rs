@@ -53,7 +53,7 @@ fn sees(row: &Sees) -> Value {
     })
 }
 
-/// Texts of config.json with all that publishers write there, and the public totals.
+/// Texts of config.json written after the published ones, with the members that no layout needs too; the totals are the public ones.
 const CONFIGS: [(&str, &str, u64); 13] = [
     ("Llama-3.1-8B", include_str!("configs/Llama-3.1-8B.json"), 8_030_261_248),
     ("Qwen2.5-7B", include_str!("configs/Qwen2.5-7B.json"), 7_615_616_512),
@@ -70,7 +70,7 @@ const CONFIGS: [(&str, &str, u64); 13] = [
     ("Qwen2.5-VL-7B", include_str!("configs/Qwen2.5-VL-7B.json"), 8_292_166_656),
 ];
 
-/// A published config is taken as it is, unless it is of a quantised checkpoint.
+/// A config as publishers write it is taken whole, unless it is of a quantised checkpoint.
 #[test]
 fn published_configs() {
     let world = |config: &Value| {
