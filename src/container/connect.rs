@@ -8,7 +8,7 @@ use crate::comm::{Access, Comm, Deadline, Window};
 use crate::error::{Error, Result, bail, err};
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
-use crate::plan::rounds::{LEAST_MESSAGE, message_size};
+use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
 use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
 use crate::preset::variant::Variants;
 use crate::preset::world::World;
@@ -149,7 +149,7 @@ impl Container {
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
         if let Some(pipe) = comm.pipe() {
-            message = message.min(pipe.capacity() as u64 / 256 * 256);
+            message = message.min(pipe.capacity() as u64 / CRUMB * CRUMB);
         }
         if message < LEAST_MESSAGE {
             bail!(

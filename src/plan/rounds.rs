@@ -5,7 +5,7 @@ use super::Piece;
 use smallvec::SmallVec;
 
 /// Bytes that may stay unused at the end of a message rather than be filled by a crumb.
-const CRUMB: u64 = 256;
+pub(crate) const CRUMB: u64 = 256;
 
 /// Least bytes of a message: with less, staging is too small for so many peers.
 pub const LEAST_MESSAGE: u64 = 4096;
