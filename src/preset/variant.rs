@@ -26,7 +26,7 @@ pub struct Open {
 
 use Choice::{Flag, Text};
 
-/// By place: the byte of [`Variants`].
+/// By place in [`Variants`].
 const MEGATRON: &[Open] = &[
     Open { members: &["mla_down_proj_cut"], choices: &[Flag(false), Flag(true)] },
     Open { members: &["mla_weights"], choices: &[Text("core"), Text("mindspeed"), Text("mindspeed_qb")] },
@@ -44,21 +44,20 @@ const VLLM: &[Open] = &[
 /// Members that give the padded size of the vocabulary, the first as a number of rows.
 const VOCAB: &[&str] = &["padded_vocab_size", "make_vocab_size_divisible_by", "vocab_padding_size"];
 
-/// Bytes of a side; the last four are the padded vocabulary.
-const SIDE: usize = 8;
-const ROWS: usize = 4;
+/// Members with choices that a framework has at most.
+const OPEN: usize = 4;
 
-/// What has turned out, by side: a byte for each member, 0 or the place of its value from 1 on; then rows of the padded vocabulary, or 0.
+/// What has turned out, by side: a number for each member, 0 or the place of its value from 1 on; then rows of the padded vocabulary, or
+/// 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Variants([[u8; SIDE]; 2]);
+pub struct Variants([[u32; OPEN + 1]; 2]);
 
 /// Members that a side of a spec leaves open.
 #[derive(Clone, Copy, Debug)]
 pub struct Left {
     open: &'static [Open],
-    /// Whether each is, by place.
-    left: [bool; ROWS],
-    vocab: bool,
+    /// Whether each is, by place in [`Variants`].
+    left: [bool; OPEN + 1],
 }
 
 impl Left {
@@ -70,29 +69,32 @@ impl Left {
             _ => &[],
         };
         let is_open = |members: &[&str]| !members.iter().any(|m| given.contains_key(*m));
-        let mut left = [false; ROWS];
+        let mut left = [false; OPEN + 1];
         open.iter().zip(&mut left).for_each(|(o, left)| *left = is_open(o.members));
-        Left { open, left, vocab: !open.is_empty() && is_open(VOCAB) }
+        left[OPEN] = !open.is_empty() && is_open(VOCAB);
+        Left { open, left }
     }
 }
 
 impl Variants {
-    /// As two words.
+    /// As two words: a byte for each member, then the rows.
     pub fn words(self) -> [u64; 2] {
-        self.0.map(u64::from_le_bytes)
+        self.0.map(|[a, b, c, d, rows]| u64::from(rows) << 32 | u64::from(u32::from_le_bytes([a, b, c, d].map(|n| n as u8))))
     }
 
     /// From two words.
     pub fn from_words(words: [u64; 2]) -> Variants {
-        Variants(words.map(u64::to_le_bytes))
+        Variants(words.map(|word| {
+            let [a, b, c, d, rows @ ..] = word.to_le_bytes();
+            [a.into(), b.into(), c.into(), d.into(), u32::from_le_bytes(rows)]
+        }))
     }
 
     /// Members that have turned out, for a side.
     fn members(&self, side: usize, left: &Left) -> Vec<(&'static str, Value)> {
-        let bytes = self.0[side];
         let mut out = vec![];
-        for (open, code) in left.open.iter().zip(bytes) {
-            if let Some(choice) = usize::from(code).checked_sub(1).and_then(|at| open.choices.get(at)) {
+        for (open, code) in left.open.iter().zip(self.0[side]) {
+            if let Some(choice) = (code as usize).checked_sub(1).and_then(|at| open.choices.get(at)) {
                 let value = match choice {
                     Flag(flag) => Value::from(*flag),
                     Text(text) => Value::from(*text),
@@ -100,15 +102,11 @@ impl Variants {
                 out.push((open.members[0], value));
             }
         }
-        if self.rows(side) > 0 {
-            out.push((VOCAB[0], Value::from(self.rows(side))));
+        let rows = self.0[side][OPEN];
+        if rows > 0 {
+            out.push((VOCAB[0], Value::from(rows)));
         }
         out
-    }
-
-    fn rows(&self, side: usize) -> u32 {
-        let b = &self.0[side][ROWS..];
-        u32::from_le_bytes([b[0], b[1], b[2], b[3]])
     }
 
     /// Gives a side what has turned out.
@@ -126,61 +124,52 @@ impl Variants {
     /// before.
     pub fn all(&self, side: usize, left: &Left, rows: Option<u64>) -> Vec<Variants> {
         let mut out = vec![*self];
-        if let Some(rows) = rows.and_then(|r| u32::try_from(r).ok()).filter(|_| left.vocab) {
-            out[0].0[side][ROWS..].copy_from_slice(&rows.to_le_bytes());
+        if let Some(rows) = rows.and_then(|r| u32::try_from(r).ok()).filter(|_| left.left[OPEN]) {
+            out[0].0[side][OPEN] = rows;
         }
         for (at, open) in left.open.iter().enumerate().filter(|(at, _)| left.left[*at]) {
-            let codes = 0..=open.choices.len() as u8;
-            let with = |v: &Variants, code: u8| {
+            let codes = 0..=open.choices.len() as u32;
+            let with = |v: &Variants, code: u32| {
                 let mut v = *v;
                 v.0[side][at] = code;
                 v
             };
             out = out.iter().flat_map(|v| codes.clone().map(move |code| with(v, code))).collect();
         }
-        out.sort_by_key(|v| v.0[side][..ROWS].iter().filter(|&&code| code != 0).count());
+        out.sort_by_key(|v| v.0[side][..OPEN].iter().filter(|&&code| code != 0).count());
         out
     }
 
     /// What has turned out on any rank. Two ranks that disagree are an error, and what this rank's spec does not leave open.
     pub fn of_all(all: impl Iterator<Item = (u32, Variants)>, left: [&Left; 2]) -> Result<Variants> {
         let mut out = Variants::default();
-        let mut by = [[0; SIDE]; 2];
+        let mut by = [[0; OPEN + 1]; 2];
         for (rank, found) in all {
-            for side in [0, 1] {
-                // Byte by byte, but for the rows.
-                for at in (0..=ROWS).filter(|&at| found.0[side][at..Self::end(at)].iter().any(|&b| b != 0)) {
-                    let place = at..Self::end(at);
-                    if !(if at == ROWS { left[side].vocab } else { left[side].left[at] }) {
+            for (side, name) in ["source", "target"].into_iter().enumerate() {
+                let with = |v: &Variants| v.shown(side, left[side]);
+                for at in (0..=OPEN).filter(|&at| found.0[side][at] != 0) {
+                    if !left[side].left[at] {
                         bail!(
                             RS_ERR_MISMATCH,
-                            "rank {rank} has bound {} parameters as with {}, which the spec of this rank does not leave open",
-                            ["source", "target"][side],
-                            found.shown(side, left[side])
+                            "rank {rank} has bound {name} parameters as with {}, which the spec of this rank does not leave open",
+                            with(&found)
                         );
                     }
-                    if out.0[side][place.clone()].iter().any(|&b| b != 0)
-                        && out.0[side][place.clone()] != found.0[side][place.clone()]
-                    {
+                    if ![0, found.0[side][at]].contains(&out.0[side][at]) {
                         bail!(
                             RS_ERR_MISMATCH,
-                            "ranks {} and {rank} have bound {} parameters that lie in two ways, the first as with {}, the other as with {}",
+                            "ranks {} and {rank} have bound {name} parameters that lie in two ways, the first as with {}, the other as with {}",
                             by[side][at],
-                            ["source", "target"][side],
-                            out.shown(side, left[side]),
-                            found.shown(side, left[side])
+                            with(&out),
+                            with(&found)
                         );
                     }
-                    out.0[side][place.clone()].copy_from_slice(&found.0[side][place]);
+                    out.0[side][at] = found.0[side][at];
                     by[side][at] = rank;
                 }
             }
         }
         Ok(out)
-    }
-
-    fn end(at: usize) -> usize {
-        if at == ROWS { SIDE } else { at + 1 }
     }
 }
 
@@ -202,19 +191,14 @@ mod tests {
         let open = Left::new("vllm", &Map::new());
         let rows = Variants::default().all(1, &open, Some(70_000))[0];
         assert_eq!(rows.shown(1, &open), "padded_vocab_size 70000");
-        assert!(rows.all(1, &open, None).iter().all(|v| v.rows(1) == 70_000));
+        assert!(rows.all(1, &open, None).iter().all(|v| v.0[1][OPEN] == 70_000));
         assert_eq!(Variants::from_words(rows.words()), rows);
     }
 
     #[test]
     fn ranks_must_agree() {
         let left = Left::new("vllm", &Map::new());
-        let of = |codes: [u8; 4], rows: u32| {
-            let mut out = Variants::default();
-            out.0[1][..ROWS].copy_from_slice(&codes);
-            out.0[1][ROWS..].copy_from_slice(&rows.to_le_bytes());
-            out
-        };
+        let of = |[a, b, c, d]: [u32; 4], rows: u32| Variants([[0; 5], [a, b, c, d, rows]]);
         let (cut, stacked, rows) = (of([1, 0, 0, 0], 0), of([0, 1, 0, 0], 0), of([0; 4], 128));
         let none = Variants::default();
         let union = Variants::of_all([(0, none), (1, cut), (2, stacked), (3, rows), (4, cut)].into_iter(), [&left; 2]).unwrap();
