@@ -7,8 +7,9 @@ use crate::preset::model::{Attention, LayerType, Part, names};
 use crate::preset::shard::Shard;
 use crate::preset::side::Param;
 
-/// A shard of a layer, but for its routed experts. `whole`: whether shared experts are not cut.
-pub fn params(shard: &Shard<'_>, o: &Options, whole: bool) -> Vec<Param> {
+/// A shard of a layer, but for its routed experts. `whole`: whether shared experts are not cut; `correction`: dtype of
+/// e_score_correction_bias, if it is given.
+pub fn params(shard: &Shard<'_>, o: &Options, whole: bool, correction: Option<(u8, u8)>) -> Vec<Param> {
     let Shard { model, part, r, t } = *shard;
     let same = |name: &str| shard.whole(name, name);
     let all = Shard { r: 0, t: 1, ..*shard };
@@ -66,7 +67,7 @@ pub fn params(shard: &Shard<'_>, o: &Options, whole: bool) -> Vec<Param> {
     }
     if moe.correction {
         let bias = same(&moe.correction_name());
-        out.push(Param { dtype: o.e_score_correction_bias_dtype.map_or(bias.dtype, |d| Some(d.dlpack())), ..bias });
+        out.push(Param { dtype: correction.or(bias.dtype), ..bias });
     }
     if moe.shared > 0 {
         let shard = if whole { &all } else { shard };

@@ -10,7 +10,7 @@ mod layer;
 
 use super::experts::Storage;
 use super::mesh::{Axis, Mesh};
-use super::model::{Attention, BF16, FP16, FP32, LayerType, MOST_ELEMENTS, Model, names};
+use super::model::{Attention, LayerType, MOST_ELEMENTS, Model, names};
 use super::shard::{self, EMBED, EXPERTS, HEAD, MERGER, MTP, NORM, PATCH, Shard, VISION, sections};
 use super::side::{Parts, Slot};
 use super::spec::{List, Ranks, divides, for_experts, one, size};
@@ -54,7 +54,7 @@ pub struct Options {
     shared_experts: Option<Shared>,
     /// Default: fp32, as vLLM creates it; vllm-ascend and some paths cast it after loading.
     #[serde(default)]
-    e_score_correction_bias_dtype: Option<Float>,
+    e_score_correction_bias_dtype: Option<String>,
     /// Whether both MLA down projections are one parameter.
     #[serde(default = "yes")]
     fused_qkv_a_proj: bool,
@@ -97,26 +97,6 @@ enum Shared {
     Whole,
 }
 
-/// A dtype by its name in PyTorch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Float {
-    Float32,
-    Bfloat16,
-    Float16,
-}
-
-impl Float {
-    /// DLPack code and bits.
-    fn dlpack(self) -> (u8, u8) {
-        match self {
-            Float::Float32 => FP32,
-            Float::Bfloat16 => BF16,
-            Float::Float16 => FP16,
-        }
-    }
-}
-
 /// What W_UK_T and W_UV are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -138,6 +118,35 @@ enum Encoder {
     Data,
 }
 
+/// In what vLLM's classes differ beyond what their config tells.
+#[derive(Default)]
+struct Class {
+    /// Every stage has embedding and head.
+    embedding_everywhere: bool,
+    /// Every stage has the final norm.
+    norm_everywhere: bool,
+    /// With sequence-parallel experts, shared ones are whole on each rank.
+    whole_shared_experts: bool,
+    /// A head's size is hidden_size / num_attention_heads whatever head_dim says.
+    no_head_dim: bool,
+}
+
+impl Class {
+    fn of(model: &Model) -> Class {
+        let class = Class::default();
+        match model.architecture.as_str() {
+            "MixtralForCausalLM" | "Qwen3MoeForCausalLM" | "GptOssForCausalLM" => {
+                Class { embedding_everywhere: true, norm_everywhere: true, ..class }
+            }
+            "Qwen2MoeForCausalLM" => Class { embedding_everywhere: true, norm_everywhere: true, no_head_dim: true, ..class },
+            "Qwen3NextForCausalLM" => Class { embedding_everywhere: true, whole_shared_experts: true, ..class },
+            "DeepseekV2ForCausalLM" | "DeepseekV3ForCausalLM" => Class { whole_shared_experts: true, ..class },
+            "Qwen2ForCausalLM" | "Qwen2_5_VLForConditionalGeneration" => Class { no_head_dim: true, ..class },
+            _ => class,
+        }
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -155,6 +164,8 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
     let ranks = o.ranks.0.len();
     let mut meshes = vec![Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Copy, dp), (Axis::Copy, replicas)], ranks)?];
     members(model, o, target)?;
+    let correction = o.e_score_correction_bias_dtype.as_deref();
+    let correction = correction.map(|name| super::spec::dtype("e_score_correction_bias_dtype", Some(name), model)).transpose()?;
     let padded = match o.padded_vocab_size {
         Some(padded) => size("padded_vocab_size", padded)?,
         None => model.vocab.next_multiple_of(size("vocab_padding_size", o.vocab_padding_size)?),
@@ -162,18 +173,17 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
     if padded < model.vocab {
         bail!(RS_ERR_INVALID, "padded_vocab_size {padded} is less than vocab_size {}", model.vocab);
     }
-    // With sequence-parallel experts the shared ones of these are whole on each rank.
-    let can_be_whole = ["Deepseek", "Qwen3Next"].iter().any(|a| model.architecture.starts_with(a));
-    if o.shared_experts.is_some() && !can_be_whole {
+    let class = Class::of(model);
+    if o.shared_experts.is_some() && !class.whole_shared_experts {
         bail!(RS_ERR_UNSUPPORTED, "shared_experts: those of {} are always cut", model.architecture);
     }
     let sequence_parallel = o.enable_expert_parallel && tp > 1 && dp > 1;
-    let whole = o.shared_experts.map_or(sequence_parallel && can_be_whole, |s| s == Shared::Whole);
+    let whole = o.shared_experts.map_or(sequence_parallel && class.whole_shared_experts, |s| s == Shared::Whole);
     check(model, o, padded, whole, tp)?;
     let oss = model.moe.as_ref().is_some_and(|m| m.fused);
     let embedding = if oss { "model.embedding.weight" } else { names::EMBED };
     // The last stage of a model with tied embeddings has some of its own for its head.
-    let copy = pp > 1 && !everywhere(model);
+    let copy = pp > 1 && !class.embedding_everywhere;
     let data = o.mm_encoder_tp_mode == Some(Encoder::Data);
     let mut sections = sections(model, tp, |section, shard| match section {
         EMBED => vec![shard.vocab(embedding, names::EMBED, padded)],
@@ -186,7 +196,7 @@ pub fn parts(model: &Model, o: &Options, target: bool) -> Result<Parts> {
             let shard = if data { &Shard { r: 0, t: 1, ..*shard } } else { shard };
             model.vision.as_ref().map_or(vec![], |v| vision::params(v, section, shard, &vision::VLLM))
         }
-        _ => layer::params(shard, o, whole),
+        _ => layer::params(shard, o, whole, correction),
     });
     if model.moe.is_some() {
         meshes.push(Mesh::new(&[(Axis::Shard, tp), (Axis::Stage, pp), (Axis::Shard, dp), (Axis::Copy, replicas)], ranks)?);
@@ -273,11 +283,12 @@ fn check(model: &Model, o: &Options, padded: u64, whole: bool, tp: u64) -> Resul
                 h.kv
             );
         }
-        if model.architecture.starts_with("Qwen2") && h.q * h.dim != model.hidden {
+        if Class::of(model).no_head_dim && h.q * h.dim != model.hidden {
             bail!(
                 RS_ERR_UNSUPPORTED,
-                "model.head_dim {}: vLLM's Qwen2 ignores it and uses hidden_size / num_attention_heads, {}/{}",
+                "model.head_dim {}: vLLM's {} ignores it and uses hidden_size / num_attention_heads, {}/{}",
                 h.dim,
+                model.architecture,
                 model.hidden,
                 h.q
             );
@@ -308,7 +319,7 @@ fn layers(all: u64, pp: u64, partition: Option<&List>) -> Result<Vec<u64>> {
 }
 
 fn stages(model: &Model, o: &Options, counts: &[u64], expert_sections: usize) -> Vec<Vec<Slot>> {
-    let everywhere = everywhere(model);
+    let class = Class::of(model);
     let text = if model.vision.is_some() { "language_model." } else { "" };
     // Layers with experts so far: each has its own section of them, or all have one.
     let mut moe = 0;
@@ -321,15 +332,14 @@ fn stages(model: &Model, o: &Options, counts: &[u64], expert_sections: usize) ->
         let tower = (0..).zip(model.vision_layers());
         slots.extend(tower.map(|(i, layer)| Slot::new(VISION, layer, 0, format!("{}{i}.", vision::VLLM.layers))));
         slots.extend(one(model.vision.is_some(), MERGER, ""));
-        slots.extend(one(stage == 0 || everywhere, EMBED, text));
+        slots.extend(one(stage == 0 || class.embedding_everywhere, EMBED, text));
         for layer in next..next + count {
             let experts = EXPERTS + moe % expert_sections.max(1);
             slots.extend(shard::slots(model, layer, 0, &format!("{text}model.layers.{layer}."), experts));
             moe += usize::from(model.layer(layer) == LayerType::Moe);
         }
-        // Qwen3-Next's last stage alone has the norm.
-        slots.extend(one(last || (everywhere && !model.architecture.starts_with("Qwen3Next")), NORM, text));
-        slots.extend(one(last || everywhere, HEAD, text));
+        slots.extend(one(last || class.norm_everywhere, NORM, text));
+        slots.extend(one(last || class.embedding_everywhere, HEAD, text));
         if last && o.mtp_drafter {
             for layer in model.mtp_layers() {
                 // A map has no list for it: the section after those of the map's.
@@ -342,11 +352,6 @@ fn stages(model: &Model, o: &Options, counts: &[u64], expert_sections: usize) ->
         out.push(slots);
     }
     out
-}
-
-/// These models have embedding, final norm and head on every stage.
-fn everywhere(model: &Model) -> bool {
-    ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Qwen3Next", "GptOss"].iter().any(|a| model.architecture.starts_with(a))
 }
 
 #[cfg(test)]
