@@ -38,7 +38,6 @@ impl Container {
         let peers = report::peers(&c.plan, c.message);
         let rounds = |key: &str| peers.iter().filter_map(|p| p[key].as_u64()).max().unwrap_or(0);
         let moves: usize = c.plan.peers.iter().map(|p| p.out.len() + p.into.len()).sum();
-        let found = c.world.as_ref().map(|w| w.found());
         let mut out = json!({
             "rank": comm.rank(),
             "world": comm.world(),
@@ -51,8 +50,8 @@ impl Container {
             "peers": peers,
             "moves": moves + c.plan.doubles.len() + self.local.pieces.len(),
         });
-        if let Some([source, target]) = found {
-            out["found"] = json!({"source": source, "target": target});
+        if let Some(world) = &c.world {
+            out["found"] = world.found();
         }
         Ok(out)
     }

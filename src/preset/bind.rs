@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::cut::Cut;
+use super::left_out::{ignored, lora, matches, quantised};
 use super::model::{Id, names};
 use super::side::{Param, Slot};
 use super::world::World;
@@ -12,7 +13,6 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use wildmatch::WildMatchPattern;
 
 /// A parameter that the spec says a rank has.
 struct Expected {
@@ -89,44 +89,6 @@ pub struct Preset {
     views: Vec<(String, u64)>,
 }
 
-/// Memory beside the parameters that no checkpoint has: what is computed from the config, scales of the KV cache, where experts are and
-/// how often they were chosen.
-const IGNORED: [&str; 15] = [
-    "*rotary_emb.inv_freq",
-    "*rotary_pos_emb.inv_freq",
-    "*.k_scale",
-    "*.v_scale",
-    "*.q_scale",
-    "*.prob_scale",
-    "*._k_scale",
-    "*._v_scale",
-    "*._q_scale",
-    "*._prob_scale",
-    "*.expert_map",
-    "*._expert_map",
-    "*.expert_load_view",
-    "*.logical_to_physical_map",
-    "*.logical_replica_count",
-];
-
-/// Ends of the names of parameters that only quantised modules have; before them may stand `w13_` and `w2_`.
-const OF_QUANTISED: [&str; 14] = [
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_packed",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "input_scale",
-    "input_scale_inv",
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-    "weight_offset",
-];
-
 /// What is to be done about them.
 const QUANTISED: &str =
     "quantised and private layouts are not built: use the engine's own load_weights for this model, or load it unquantised";
@@ -184,6 +146,10 @@ impl Preset {
     /// Gives a parameter its memory, or other memory than it had. One that does not fit may tell what the spec left open.
     pub fn bind(&mut self, b: &Bind<'_>) -> Result<()> {
         let Err(first) = self.bind_as_is(b) else { return Ok(()) };
+        // Another variant has other names, shapes and dtypes, and nothing else.
+        if ![RS_ERR_NOT_FOUND, RS_ERR_LAYOUT].contains(&first.status()) {
+            return Err(first);
+        }
         let fits = |side: usize| self.find(side, b).is_some_and(|at| self.check(&self.expected[at], b).is_ok());
         let Some(side) = (0..2).find(|&s| b.role & ROLES[s] != 0 && !fits(s)) else { return Err(first) };
         let mut tried = vec![];
@@ -270,7 +236,7 @@ impl Preset {
         let views = |side: usize| self.world.sides()[side].parts.views;
         let left_out = |p: &str| matches(p, b.name);
         if found.iter().all(Option::is_none) {
-            if self.world.spec.ignore.iter().any(|p| left_out(p)) || IGNORED.iter().any(|p| left_out(p)) {
+            if self.world.spec.ignore.iter().any(|p| left_out(p)) || ignored(b.name) {
                 return Ok(());
             }
             if sides.clone().all(|s| views(s).iter().any(|p| left_out(p))) {
@@ -282,7 +248,7 @@ impl Preset {
         if found.contains(&None) && quantised(b.name) {
             bail!(RS_ERR_UNSUPPORTED, "'{}': only quantised modules have such a parameter; {QUANTISED}", b.name);
         }
-        if let Some(mark) = ["lora_A", "lora_B", ".base_layer."].iter().find(|mark| b.name.contains(**mark)) {
+        if let Some(mark) = lora(b.name) {
             bail!(
                 RS_ERR_UNSUPPORTED,
                 "'{}': LoRA's parameters ({mark}) are not built: merge the adapter into the weights, and bind these",
@@ -460,11 +426,10 @@ impl Preset {
                 "tensors": e.tensors,
             })
         };
-        let found = self.world.found();
         json!({
             "rank": self.rank,
             "params": self.expected.iter().map(param).collect::<Vec<_>>(),
-            "found": {"source": found[0], "target": found[1]},
+            "found": self.world.found(),
         })
     }
 }
@@ -477,13 +442,6 @@ fn tensors(world: &World, slot: &Slot, param: &Param) -> Vec<String> {
     out
 }
 
-/// Whether only a quantised module has such a name.
-fn quantised(name: &str) -> bool {
-    let last = name.rsplit('.').next().unwrap_or(name);
-    let last = last.strip_prefix("w13_").or(last.strip_prefix("w2_")).unwrap_or(last);
-    OF_QUANTISED.contains(&last)
-}
-
 fn shown(e: &Expected) -> String {
     let chunk = if e.chunk > 0 { format!(" of model_chunk {}", e.chunk) } else { String::new() };
     format!("{} '{}'{chunk}", ROLE_NAMES[e.side], e.name)
@@ -492,32 +450,4 @@ fn shown(e: &Expected) -> String {
 /// Strides of a dense row-major tensor.
 fn dense(shape: &[i64]) -> Vec<i64> {
     (0..shape.len()).map(|i| shape[i + 1..].iter().product()).collect()
-}
-
-/// Whether a name fits a pattern, in which `*` stands for any run of characters. No name has the other wildcard.
-fn matches(pattern: &str, name: &str) -> bool {
-    WildMatchPattern::<'*', '\0'>::new(pattern).matches(name)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stars_stand_for_anything() {
-        for (pattern, name, fits) in [
-            ("a", "a", true),
-            ("a", "ab", false),
-            ("*.inv_freq", "l.3.inv_freq", true),
-            ("*.inv_freq", "l.3.inv_freqs", false),
-            ("l.*.k*", "l.30.attn.k_scale", true),
-            ("l.*.k*", "x.30.attn.k_scale", false),
-            ("*", "", true),
-            ("a*b*c", "aXbXbYc", true),
-            ("a*b*c", "aXcXb", false),
-            ("**a**", "bab", true),
-        ] {
-            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
-        }
-    }
 }

@@ -13,6 +13,7 @@ pub mod bind;
 pub mod cut;
 pub mod experts;
 pub mod hf;
+pub mod left_out;
 pub mod megatron;
 pub mod mesh;
 pub mod model;

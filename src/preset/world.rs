@@ -11,6 +11,7 @@ use super::variant::Variants;
 use crate::error::Result;
 use crate::geom::Pattern;
 use crate::layout::Tensor;
+use serde_json::{Value, json};
 use smallvec::SmallVec;
 use std::collections::BTreeSet;
 
@@ -70,8 +71,9 @@ impl World {
     }
 
     /// What has turned out of each side, in words.
-    pub fn found(&self) -> [String; 2] {
-        [0, 1].map(|side| self.variants.shown(side, &self.spec.left[side]))
+    pub fn found(&self) -> Value {
+        let shown = |side: usize| self.variants.shown(side, &self.spec.left[side]);
+        json!({"source": shown(0), "target": shown(1)})
     }
 
     /// The first parameter of a rank that is another one in `other`, by name, with both shapes.
