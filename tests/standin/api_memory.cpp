@@ -1,0 +1,276 @@
+// Allocation and registration of memory, and what the interface tells about an address.
+#include "standin.h"
+#include <cstring>
+#include <sys/mman.h>
+
+using namespace standin;
+
+EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
+    BEGIN;
+    call.safe_in_capture();
+    CUresult error;
+    RegionPtr region = device_alloc(call.context(), bytes, Kind::Device, &error);
+    if (region) *address = region->base;
+    return error;
+}
+
+static RegionPtr region_at(const Call &call, uint64_t address, const char *what) {
+    RegionPtr region = find_region(address);
+    if (!region || region->base != address) check_range(call, address, 1, what);
+    if (!region || region->base != address)
+        violation("UNKNOWN-MEMORY", "%s: 0x%llx lies within an allocation, it is not its start", call.name,
+                  (unsigned long long)address);
+    return region;
+}
+
+EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
+    BEGIN_RELEASE;
+    call.safe_in_capture();
+    call.context();
+    if (!address) return call.injected;
+    RegionPtr region = region_at(call, address, "frees");
+    if (region->kind != Kind::Device && region->kind != Kind::Pool)
+        violation("UNKNOWN-MEMORY", "%s: 0x%llx was not allocated by this process's driver", call.name, address);
+    if (region->freeing) violation("UNKNOWN-MEMORY", "%s: 0x%llx is being freed already", call.name, address);
+    if (!region->allocated)
+        violation("FREED-IN-USE", "%s: the host has not waited for the allocation of 0x%llx", call.name, address);
+    release_region(call.name, region, true);
+    return call.injected;
+}
+
+// Pool memory: from its allocation's turn in the stream until its release's turn, for those ordered between them.
+EXPORT CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream handle) {
+    BEGIN;
+    StreamPtr stream = stream_of(call, handle);
+    call.not_capturing(stream); // graphs with allocations are not modelled
+    CUresult error;
+    RegionPtr region = device_alloc(stream->context, bytes, Kind::Pool, &error);
+    if (!region) return error;
+    region->allocated = false;
+    *address = region->base;
+    auto mark = [](Op &op) { op.note = std::make_shared<Note>(Note{op.note->what, op.note->stream, op.note->number, true}); };
+    enqueue(call, stream, call.name, [region](Running &running) {
+        region->allocated = true;
+        region->shadow.write(0, region->size, running.access, *running.clock);
+    }, mark);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
+    BEGIN_RELEASE;
+    StreamPtr stream = stream_of(call, handle);
+    call.not_capturing(stream); // graphs with allocations are not modelled
+    if (!address) return CUDA_ERROR_INVALID_VALUE;
+    RegionPtr region = region_at(call, address, "frees");
+    if (region->kind != Kind::Pool) return CUDA_ERROR_INVALID_VALUE;
+    if (region->freeing) violation("UNKNOWN-MEMORY", "%s: 0x%llx is being freed already", call.name, address);
+    region->freeing = true;
+    auto mark = [](Op &op) { op.note = std::make_shared<Note>(Note{op.note->what, op.note->stream, op.note->number, true}); };
+    enqueue(call, stream, call.name, [region](Running &running) {
+        if (!region->allocated)
+            violation("UNORDERED-USE", "%s before the memory's allocation", running.access.note->text().c_str());
+        region->shadow.write(0, region->size, running.access, *running.clock);
+        release_region("cuMemFreeAsync", region, false);
+    }, mark);
+    return call.injected;
+}
+
+static CUresult host_alloc(Call &call, void **pointer, size_t bytes, unsigned flags) {
+    if (!bytes || (flags & ~7u)) return CUDA_ERROR_INVALID_VALUE;
+    void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+    memset(memory, 0xd5, bytes);
+    auto region = std::make_shared<Region>();
+    region->id = state().next_id++;
+    region->base = reinterpret_cast<uint64_t>(memory);
+    region->size = bytes;
+    region->kind = Kind::Pinned;
+    region->context = call.context();
+    region->data = static_cast<unsigned char *>(memory);
+    add_region(region);
+    *pointer = memory;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags) {
+    BEGIN;
+    call.safe_in_capture();
+    call.context();
+    return host_alloc(call, pointer, bytes, flags);
+}
+
+EXPORT CUresult cuMemAllocHost_v2(void **pointer, size_t bytes) {
+    BEGIN;
+    call.context();
+    return host_alloc(call, pointer, bytes, 0);
+}
+
+EXPORT CUresult cuMemFreeHost(void *pointer) {
+    BEGIN_RELEASE;
+    call.safe_in_capture();
+    call.context();
+    RegionPtr region = region_at(call, reinterpret_cast<uint64_t>(pointer), "frees");
+    if (region->kind != Kind::Pinned) violation("UNREGISTERED-HOST", "%s: %p is not the driver's host memory", call.name, pointer);
+    release_region(call.name, region, true);
+    munmap(pointer, region->size);
+    return call.injected;
+}
+
+EXPORT CUresult cuMemHostRegister_v2(void *pointer, size_t bytes, unsigned flags) {
+    BEGIN;
+    call.safe_in_capture();
+    Context *context = call.context();
+    uint64_t start = reinterpret_cast<uint64_t>(pointer), page = start & ~4095ull;
+    if (!pointer || !bytes || (flags & ~15u) || in_device_range(start)) return CUDA_ERROR_INVALID_VALUE;
+    if (flags & 12) return CUDA_ERROR_NOT_SUPPORTED; // I/O memory, and read-only, as the attribute says
+    if (msync(reinterpret_cast<void *>(page), start + bytes - page, MS_ASYNC) != 0) return CUDA_ERROR_INVALID_VALUE; // not mapped
+    auto next = state().regions.lower_bound(start + bytes);
+    if (next != state().regions.begin()) {
+        auto &before = std::prev(next)->second;
+        if (before->base + before->size > start) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+    }
+    auto region = std::make_shared<Region>();
+    region->id = state().next_id++;
+    region->base = start;
+    region->size = bytes;
+    region->kind = Kind::Registered;
+    region->context = context;
+    region->data = static_cast<unsigned char *>(pointer);
+    add_region(region);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemHostUnregister(void *pointer) {
+    BEGIN_RELEASE;
+    call.context();
+    RegionPtr region = find_region(reinterpret_cast<uint64_t>(pointer));
+    if (!region || region->kind != Kind::Registered || region->data != pointer) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
+    release_region(call.name, region, true);
+    return call.injected;
+}
+
+EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *pointer, unsigned flags) {
+    BEGIN;
+    call.context();
+    RegionPtr region = find_region(reinterpret_cast<uint64_t>(pointer));
+    if (flags || !region || region->on_device()) return CUDA_ERROR_INVALID_VALUE;
+    *address = reinterpret_cast<uint64_t>(pointer);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *bytes, CUdeviceptr address) {
+    BEGIN;
+    call.context();
+    RegionPtr region = find_region(address);
+    if (!region) return CUDA_ERROR_NOT_FOUND;
+    if (base) *base = region->base;
+    if (bytes) *bytes = region->size;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
+    BEGIN;
+    *total = setting("STANDIN_MEMORY_MB", 16384) << 20;
+    *free = *total - call.context()->device->used;
+    return CUDA_SUCCESS;
+}
+
+// No region: what cuPointerGetAttributes gives for an address that the driver does not know.
+static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int which, void *out) {
+    auto give = [out](auto value) {
+        memcpy(out, &value, sizeof value);
+        return CUDA_SUCCESS;
+    };
+    bool device = region && region->on_device();
+    switch (which) {
+    case 1: return give(region ? reinterpret_cast<uint64_t>(region->kind == Kind::Pool ? nullptr : region->context) : 0ull);
+    case 2: return give(region ? static_cast<int>(device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST) : 0);
+    case 3: return give(static_cast<uint64_t>(region ? address : 0));
+    case 4: // the host's pointer: device memory has none
+        if (device) return CUDA_ERROR_INVALID_VALUE;
+        return give(static_cast<uint64_t>(region ? address : 0));
+    case 7: return give(region ? region->id : 0);
+    case 8: return give(0u); // managed
+    case 9: return give(region ? region->context->device->ordinal : static_cast<int>(CU_DEVICE_INVALID));
+    case 10: return give(static_cast<unsigned>(region && region->kind == Kind::Device && !is_set("STANDIN_VMM")));
+    case 11: return give(region ? region->base : 0);
+    case 12: return give(region ? region->size : 0);
+    case 13: return give(static_cast<unsigned>(region != nullptr));
+    case 17: return give(region && region->kind == Kind::Pool ? reinterpret_cast<uint64_t>(region->context->device) : 0ull);
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
+}
+
+EXPORT CUresult cuPointerGetAttribute(void *data, int attribute, CUdeviceptr address) {
+    BEGIN;
+    RegionPtr region = find_region(address);
+    return region ? attribute_of(region, address, attribute, data) : static_cast<CUresult>(CUDA_ERROR_INVALID_VALUE);
+}
+
+EXPORT CUresult cuPointerGetAttributes(unsigned count, int *attributes, void **data, CUdeviceptr address) {
+    BEGIN;
+    RegionPtr region = find_region(address);
+    for (unsigned each = 0; each < count; each++) {
+        CUresult error = attribute_of(region, address, attributes[each], data[each]);
+        if (error && attributes[each] == 4) memset(data[each], 0, sizeof(void *));
+        else if (error) return error;
+    }
+    return CUDA_SUCCESS;
+}
+
+// A pool's handle is its device's address.
+static Device *pool_of(const Call &call, CUmemoryPool pool) {
+    for (auto &device : state().devices)
+        if (reinterpret_cast<Device *>(pool) == device.get()) return device.get();
+    violation("BAD-HANDLE", "%s: %p is not a memory pool", call.name, static_cast<void *>(pool));
+}
+
+EXPORT CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice device) {
+    BEGIN;
+    if (!device_of(device)) return CUDA_ERROR_INVALID_DEVICE;
+    *pool = reinterpret_cast<CUmemoryPool>(device_of(device));
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuDeviceGetMemPool(CUmemoryPool *pool, CUdevice device) {
+    BEGIN;
+    if (!device_of(device)) return CUDA_ERROR_INVALID_DEVICE;
+    *pool = reinterpret_cast<CUmemoryPool>(device_of(device));
+    return CUDA_SUCCESS;
+}
+
+// Only the release threshold (4) can be set; it changes nothing here.
+EXPORT CUresult cuMemPoolSetAttribute(CUmemoryPool pool, int attribute, void *value) {
+    BEGIN;
+    Device *device = pool_of(call, pool);
+    if (attribute != 4) return CUDA_ERROR_INVALID_VALUE;
+    memcpy(&device->pool_threshold, value, 8);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemPoolGetAttribute(CUmemoryPool pool, int attribute, void *value) {
+    BEGIN;
+    Device *device = pool_of(call, pool);
+    if (attribute != 4) return CUDA_ERROR_INVALID_VALUE;
+    memcpy(value, &device->pool_threshold, 8);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemPoolTrimTo(CUmemoryPool pool, size_t) {
+    BEGIN;
+    pool_of(call, pool);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuMemPoolSetAccess(CUmemoryPool pool, const CUmemAccessDesc *list, size_t count) {
+    BEGIN;
+    Device *device = pool_of(call, pool);
+    for (size_t each = 0; each < count; each++) {
+        Device *peer = device_of(list[each].location.id);
+        if (list[each].location.type != 1 || !peer) return CUDA_ERROR_INVALID_VALUE;
+        if (!can_access(peer, device)) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+        if (list[each].flags) device->pool_access.insert(peer);
+        else device->pool_access.erase(peer);
+    }
+    return CUDA_SUCCESS;
+}
