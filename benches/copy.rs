@@ -7,7 +7,7 @@
 
 use reshard::convert::{Convert, Float};
 use reshard::device::host::HostDevice;
-use reshard::device::{Device, Job, Mem};
+use reshard::device::{CopyNow, Job, Mem};
 use reshard::geom::StridedCopy;
 use std::sync::Barrier;
 use std::time::Instant;

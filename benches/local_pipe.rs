@@ -7,7 +7,7 @@
 use reshard::comm::local::{Force, join, segment};
 use reshard::comm::{Comm, Deadline, Pipe, Window};
 use reshard::device::host::HostDevice;
-use reshard::device::{Device, Job, Mem};
+use reshard::device::{CopyNow, Job, Mem};
 use reshard::geom::StridedCopy;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};

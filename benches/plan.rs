@@ -49,7 +49,7 @@ fn main() {
         let (_, facts) = facts(2, &tables, &classes).expect("facts");
         let plan: Plan = plan(2, &places, &facts).expect("plan");
         let planned = begun.elapsed().as_secs_f64();
-        let work = build(&plan, &Local::default(), &|_| true, &|_| true, &Way::Group, 1 << 20);
+        let work = build(&plan, &Local::default(), &|_| true, &|_| true, &Way::Group { direct: &|_| true }, 1 << 20);
         bytes = work.bytes.received;
         seconds.push((begun.elapsed().as_secs_f64(), decoded, planned - decoded));
     }

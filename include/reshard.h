@@ -54,10 +54,14 @@
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
  * happened to the other ranks.
  *
- * Streams. With weights on a device rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued on rs_sync_t.stream: the
- * stream's end means that this rank has landed, rs_container_poll() tells when all ranks have. On host memory it returns when done.
- * NULL is the device's default stream. This version waits for a caller's device (rs_device_t) inside the call too, and so never answers
- * RS_IN_PROGRESS; who polls while he gets it is ready for a version that does.
+ * Streams. With weights on a device, what is on rs_sync_t.stream before the call comes first: sources are read and targets written
+ * after it. rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued there: the stream's end means that this rank has landed,
+ * rs_container_poll() tells when all ranks have. On host memory it returns when done. NULL is the device's default stream. This version
+ * waits for the stream inside the call, and so never answers RS_IN_PROGRESS; who polls while he gets it is ready for one that does.
+ *
+ * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when the first of
+ * them is bound, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
+ * Each call leaves the thread the context that it had.
  *
  * Units and codes. Shapes, extents and strides count elements; offsets and sizes count bytes; timeouts milliseconds. Element types
  * and devices have DLPack's codes. Strings are UTF-8 and end with NUL. What is long or changes often is JSON.
@@ -171,6 +175,15 @@ typedef int32_t rs_status_t;
 /** `device_type` of host memory (DLPack's kDLCPU). */
 #define RS_DEVICE_CPU 1
 
+/** `device_type` of a GPU's memory (DLPack's kDLCUDA); `device_id` is CUDA's number of the GPU in this process. */
+#define RS_DEVICE_CUDA 2
+
+/**
+ * `device_type` of host memory that is pinned for a GPU (DLPack's kDLCUDAHost): from cudaMallocHost(), cudaHostRegister() or PyTorch's
+ * pin_memory(). `device_id` is the GPU that copies from and to it.
+ */
+#define RS_DEVICE_CUDA_HOST 3
+
 /**
  * `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv), but for
  * elements that are converted on the way; a refused read is an error.
@@ -276,9 +289,9 @@ typedef struct rs_buffer_t {
     void *data;
     /** Bytes from `data` that belong to it. */
     uint64_t size_bytes;
-    /** DLPack device type: that of `rs_config_t.device`, without one RS_DEVICE_CPU. */
+    /** DLPack device type: that of `rs_config_t.device`; without one RS_DEVICE_CPU, RS_DEVICE_CUDA or RS_DEVICE_CUDA_HOST. */
     int32_t device_type;
-    /** DLPack device id: that of `rs_config_t.device`, without one 0. */
+    /** DLPack device id: that of `rs_config_t.device`; without one CUDA's number of the GPU, 0 for host memory. */
     int32_t device_id;
     /** RS_SOURCE, RS_TARGET or both. */
     uint32_t role;
@@ -438,7 +451,7 @@ typedef struct rs_config_t {
     uint32_t flags;
     /** The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows. */
     rs_comm_t *comm;
-    /** The caller's device, for buffers on it; NULL: host memory. Copied. */
+    /** The caller's device, for buffers on it; NULL: the library copies host memory and GPUs' memory. Copied. */
     const rs_device_t *device;
     /**
      * A preset of this rank instead of a layout, with all its parameters bound. Copied. NULL: the layout argument of
@@ -646,8 +659,8 @@ extern "C" {
  * - out: the new container, the caller's to destroy.
  *
  * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
- * config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset that are not
- * bound).
+ * config.device is not for, no CUDA driver), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset
+ * that are not bound), RS_ERR_DEVICE and RS_ERR_MEMORY (of a GPU).
  */
 rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *layout, rs_container_t **out);
 
@@ -690,7 +703,8 @@ rs_status_t rs_container_import(rs_container_t *container, const void *blob, siz
 /**
  * Gives the container another layout: exactly one of layout and preset, the other is NULL. What rs_get_param() gave so far ends.
  *
- * Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. With other boxes
+ * Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. (A GPU's old memory that processes of
+ * an rs_comm_local() read is theirs too until that sync has ended: free it then.) With other boxes, or on another device,
  * rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
  * the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
  *
@@ -912,6 +926,10 @@ void rs_preset_destroy(rs_preset_t *preset);
  * - local: copied, with its name.
  * - out: the new communicator, the caller's to destroy.
  *
+ * Weights on GPUs: both ends of a pair are on GPUs, the same or peers. Memory of cudaMalloc() is opened by its readers; others cannot open
+ * memory of PyTorch's expandable segments, of pools, or pinned host memory: connect refuses it. Free what peers read only when their
+ * containers are destroyed, have been rebound and synced, or their processes have ended.
+ *
  * Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
  * already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
  * ranks), RS_ERR_COMM.
@@ -932,6 +950,36 @@ rs_status_t rs_comm_local(const rs_comm_local_t *local, rs_comm_t **out);
 rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_t **out);
 
 /**
+ * The engine's own NCCL communicator: ranks with a GPU each, on any hosts. The container's weights are in memory of its GPU.
+ *
+ * - nccl_comm: an ncclComm_t of NCCL 2.18 or later, complete (ncclCommGetAsyncError() says ncclSuccess), made by the libnccl.so.2 that
+ *   the process has loaded. Borrowed: it stays alive until the communicator made here is destroyed and the containers that use it are;
+ *   nobody else uses it during collective calls of this library, whose NCCL operations are in the same order on all ranks.
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
+ * library keeps what they use. End it with ncclCommAbort() before you free the weights. One that was made to block may also wait inside
+ * NCCL while connections to a peer are made, past every deadline.
+ *
+ * Local. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no libnccl.so.2 in the process, too old), RS_ERR_COMM, RS_ERR_DEVICE,
+ * RS_ERR_MEMORY.
+ */
+rs_status_t rs_comm_from_nccl(void *nccl_comm, rs_comm_t **out);
+
+/**
+ * A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts it
+ * when a sync fails. NCCL is the libnccl.so.2 that the process has loaded, else the one that the dynamic loader finds.
+ *
+ * - unique_id, id_len: the 128 bytes that ncclGetUniqueId() gave one rank, which has sent them to the others.
+ * - rank, world: this rank, from 0, and the number of ranks. The GPU is the one that is current on this thread (cudaSetDevice()).
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * Collective: waits until all ranks are there, at most a minute. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no NCCL, too
+ * old), RS_ERR_TIMEOUT, RS_ERR_COMM, RS_ERR_DEVICE, RS_ERR_MEMORY.
+ */
+rs_status_t rs_comm_nccl_init(const void *unique_id, size_t id_len, int32_t rank, int32_t world, rs_comm_t **out);
+
+/**
  * The caller's own communicator, for ranks that nothing built in connects.
  *
  * - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's
@@ -941,9 +989,6 @@ rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_
  * Local. Errors: RS_ERR_INVALID (naming the member that is missing), RS_ERR_UNKNOWN_FIELD.
  */
 rs_status_t rs_comm_custom(const rs_comm_ops_t *ops, rs_comm_t **out);
-
-/** Reserved for the engine's own ncclComm_t: answers RS_ERR_UNSUPPORTED. */
-rs_status_t rs_comm_from_nccl(void *nccl_comm, rs_comm_t **out);
 
 /**
  * Gives the caller's reference back. The communicator ends with its last reference; containers hold their own. NULL is nothing.

@@ -79,6 +79,11 @@ pub const RS_TRANSFORM_MINUS_ONE: u32 = 2;
 
 /// `device_type` of host memory (DLPack's kDLCPU).
 pub const RS_DEVICE_CPU: i32 = 1;
+/// `device_type` of a GPU's memory (DLPack's kDLCUDA); `device_id` is CUDA's number of the GPU in this process.
+pub const RS_DEVICE_CUDA: i32 = 2;
+/// `device_type` of host memory that is pinned for a GPU (DLPack's kDLCUDAHost): from cudaMallocHost(), cudaHostRegister() or PyTorch's
+/// pin_memory(). `device_id` is the GPU that copies from and to it.
+pub const RS_DEVICE_CUDA_HOST: i32 = 3;
 
 /// `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() is always read by the target's process (process_vm_readv), but for
 /// elements that are converted on the way; a refused read is an error.
@@ -165,9 +170,9 @@ pub struct rs_buffer_t {
     pub data: *mut c_void,
     /// Bytes from `data` that belong to it.
     pub size_bytes: u64,
-    /// DLPack device type: that of `rs_config_t.device`, without one RS_DEVICE_CPU.
+    /// DLPack device type: that of `rs_config_t.device`; without one RS_DEVICE_CPU, RS_DEVICE_CUDA or RS_DEVICE_CUDA_HOST.
     pub device_type: i32,
-    /// DLPack device id: that of `rs_config_t.device`, without one 0.
+    /// DLPack device id: that of `rs_config_t.device`; without one CUDA's number of the GPU, 0 for host memory.
     pub device_id: i32,
     /// RS_SOURCE, RS_TARGET or both.
     pub role: u32,
@@ -326,7 +331,7 @@ pub struct rs_config_t {
     pub flags: u32,
     /// The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows.
     pub comm: *mut rs_comm_t,
-    /// The caller's device, for buffers on it; NULL: host memory. Copied.
+    /// The caller's device, for buffers on it; NULL: the library copies host memory and GPUs' memory. Copied.
     pub device: *const rs_device_t,
     /// A preset of this rank instead of a layout, with all its parameters bound. Copied. NULL: the layout argument of
     /// rs_container_create() gives the tables.

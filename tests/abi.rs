@@ -91,7 +91,7 @@ fn sizes_offsets_and_numbers() {
         RS_ERR_LAYOUT -20 RS_ERR_COVERAGE -21 RS_ERR_MISMATCH -22
         RS_ERR_TIMEOUT -40 RS_ERR_PEER -41 RS_ERR_ABORTED -42 RS_ERR_COMM -43 RS_ERR_DEVICE -44 RS_ERR_MEMORY -45 RS_ERR_INTERNAL -46
         RS_SOURCE 1 RS_TARGET 2 RS_BUFFER_PADDED 1 RS_TRANSFORM_NONE 0 RS_TRANSFORM_PLUS_ONE 1 RS_TRANSFORM_MINUS_ONE 2
-        RS_DEVICE_CPU 1 RS_DEVICE_CONVERTS 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
+        RS_DEVICE_CPU 1 RS_DEVICE_CUDA 2 RS_DEVICE_CUDA_HOST 3 RS_DEVICE_CONVERTS 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
         RS_PARAM_INITIAL 0 RS_PARAM_SYNCED 1 RS_PARAM_LANDED 2 RS_PARAM_TORN 3
         RS_DESCRIBE_PLAN 1 RS_DESCRIBE_STATS 2 RS_DESCRIBE_LAYOUT 3 RS_DESCRIBE_WORLD 4
         RS_LOG_OFF 0 RS_LOG_ERROR 1 RS_LOG_WARN 2 RS_LOG_INFO 3 RS_LOG_DEBUG 4 RS_LOG_TRACE 5
@@ -134,6 +134,7 @@ fn the_library_exports_the_headers_functions() {
         "rs_comm_from_nccl",
         "rs_comm_local",
         "rs_comm_loopback",
+        "rs_comm_nccl_init",
         "rs_container_abort",
         "rs_container_connect",
         "rs_container_create",

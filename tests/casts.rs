@@ -4,7 +4,7 @@ use reshard::abi::*;
 use reshard::comm::{Comm, loopback};
 use reshard::container::{Config, Container};
 use reshard::device::host::HostDevice;
-use reshard::device::{Device, Event, Job, Mem, Stream};
+use reshard::device::{Copies, CopyNow, Device, Event, Job, Mem, Stream};
 use reshard::error::Result;
 use reshard::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::sync::Arc;
@@ -33,9 +33,8 @@ impl Device for Plain {
     fn free(&self, mem: Mem) {
         self.0.free(mem);
     }
-    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
-        assert!(jobs.iter().all(|j| j.copy().convert.is_none()));
-        self.0.copy(jobs, stream)
+    fn copies(&self) -> Copies<'_> {
+        Copies::AsTheyAre(self)
     }
     fn record(&self, stream: Stream) -> Result<Event> {
         self.0.record(stream)
@@ -48,6 +47,13 @@ impl Device for Plain {
     }
     fn forget(&self, event: Event) {
         self.0.forget(event);
+    }
+}
+
+impl CopyNow for Plain {
+    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
+        assert!(jobs.iter().all(|j| j.copy().convert.is_none()));
+        self.0.copy(jobs, stream)
     }
 }
 
@@ -88,7 +94,15 @@ fn connect(comm: Arc<dyn Comm>, device: Arc<dyn Device>, buffers: &[(&str, u32, 
     let tiles: Vec<TileRow> = (0..).zip(buffers).map(tile).collect();
     let layout = Layout::new(&[TensorRow { name: "w".into(), shape: vec![LEN] }], &rows, &tiles)?;
     let timeout = Duration::from_secs(20);
-    let config = Config { label: String::new(), device, host_id: None, staging: 1 << 20, threads: 1, timeout, comm: Some(comm) };
+    let config = Config {
+        label: String::new(),
+        device: Some(device),
+        host_id: None,
+        staging: 1 << 20,
+        threads: 1,
+        timeout,
+        comm: Some(comm),
+    };
     let out = Container::new(config, layout, mems, None).and_then(|mut c| c.connect());
     assert!(memory.iter().flatten().all(|&x| x == 0xA5A5_A5A5), "connect wrote");
     out

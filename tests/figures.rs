@@ -10,6 +10,7 @@ mod oracle;
 mod shapes;
 
 use balance::{Egress, Rounds, Transfer};
+use oracle::gpu::HOST;
 use oracle::library::{Comm, Container, Tables};
 use oracle::model::Case;
 use reshard::abi::{RS_SOURCE, RS_TARGET};
@@ -116,7 +117,7 @@ fn assert_figures(case: &Case, expect: Expect) {
         let plan = |r: usize| {
             let rank = &case.ranks[r];
             let comm = Comm::loopback(hub, r, ranks).unwrap_or_else(|e| panic!("{e}"));
-            let tables = Tables::new(case, rank, |b| reserved[r].address(rank, b));
+            let tables = Tables::new(case, rank, HOST, |b| reserved[r].address(rank, b));
             let mut container = Container::create(rank, &tables, &comm, 120_000).unwrap_or_else(|e| panic!("rank {r}: {e}"));
             container.connect().unwrap_or_else(|e| panic!("rank {r}: {e}"));
             let targets = rank.buffers.iter().filter(|b| b.role == RS_TARGET);

@@ -4,7 +4,12 @@
 //! random moment and checks what the others say: an error that names the rank, in time; parameters that are whole or refused; not a
 //! byte changed by a process that comes back late. Then the survivors and fresh processes connect again and the next version lands.
 //!
-//! RESHARD_KILLS: how many rounds (5). RESHARD_SEED: the first seed. Ranks are this test program, started again.
+//! RESHARD_KILLS: how many rounds (5). RESHARD_SEED: the first seed. Ranks are this test program, started again. With RESHARD_MEMORY=cuda
+//! the weights are on GPUs, which the processes share.
+
+#[allow(dead_code)] // `properties` uses the rest.
+#[path = "oracle/gpu.rs"]
+mod gpu;
 
 use reshard::abi::*;
 use reshard::ffi::api::*;
@@ -34,6 +39,8 @@ struct Rank {
     /// From rs_mem_alloc rather than the process's own.
     shared: bool,
     memory: Vec<*mut u16>,
+    /// What the memory is of, on GPUs.
+    blocks: Vec<gpu::Block>,
     container: *mut rs_container_t,
 }
 
@@ -71,7 +78,8 @@ impl Rank {
         let (rows, cols) = if rank < RANKS / 2 { (SIDE / 2, SIDE) } else { (SIDE, SIDE / 2) };
         let half = (rank % 2) as i64 * SIDE as i64 / 2;
         let names: Vec<CString> = (0..TENSORS).map(|t| CString::new(format!("model.{t}")).expect("no NUL")).collect();
-        let (mut tensors, mut buffers, mut tiles, mut memory) = (vec![], vec![], vec![], vec![]);
+        let (mut tensors, mut buffers, mut tiles, mut memory, mut blocks) = (vec![], vec![], vec![], vec![], vec![]);
+        let (device_type, device_id) = if gpu::wanted() { (RS_DEVICE_CUDA, rank % gpu::count()) } else { gpu::HOST };
         let pad = |v: &[i64]| {
             let mut out = [0; RS_MAX_RANK];
             out[..v.len()].copy_from_slice(v);
@@ -80,7 +88,12 @@ impl Rank {
         for (t, name) in names.iter().enumerate() {
             let bytes = (rows * cols * 2) as u64;
             let mut data = null_mut();
-            if shared {
+            if gpu::wanted() {
+                let block = gpu::Block::new((device_type, device_id), &vec![0; bytes as usize]);
+                block.read();
+                data = block.at(0).cast();
+                blocks.push(block);
+            } else if shared {
                 // SAFETY: `data` is an output.
                 assert_eq!(unsafe { rs_mem_alloc(bytes, 0, &mut data) }, RS_OK, "{}", last_error());
             } else {
@@ -92,8 +105,8 @@ impl Rank {
                 name: name.as_ptr(),
                 data,
                 size_bytes: bytes,
-                device_type: RS_DEVICE_CPU,
-                device_id: 0,
+                device_type,
+                device_id,
                 role: if rank < RANKS / 2 { RS_SOURCE } else { RS_TARGET },
                 flags: 0,
                 dtype: rs_dtype_t { code: 4, bits: 16, lanes: 1 },
@@ -113,7 +126,7 @@ impl Rank {
                 stride: pad(&[cols as i64, 1]),
             });
         }
-        let mut out = Rank { rank, shared, memory, container: null_mut() };
+        let mut out = Rank { rank, shared, memory, blocks, container: null_mut() };
         // SAFETY: zeroed structs with their sizes set; the tables live until the call returns, the memory until `free`.
         unsafe {
             let layout = rs_layout_t {
@@ -141,7 +154,7 @@ impl Rank {
 
     /// After the container is gone.
     fn free(self) {
-        for m in self.memory {
+        for m in self.memory.into_iter().filter(|_| self.blocks.is_empty()) {
             // SAFETY: `new` made the memory so, with this many elements on either side, and nobody uses it any more.
             unsafe {
                 if self.shared {
@@ -157,29 +170,31 @@ impl Rank {
     fn whole(&self, t: usize, version: u64) -> bool {
         let (rows, cols) = (SIDE, SIDE / 2);
         let first = (self.rank % 2) as usize * cols;
-        // SAFETY: `new` made the memory with this many elements.
-        let data = unsafe { std::slice::from_raw_parts(self.memory[t], rows * cols) };
+        let data = self.bytes(t);
+        let data: Vec<u16> = data.chunks_exact(2).map(|b| u16::from_ne_bytes([b[0], b[1]])).collect();
         (0..rows).all(|r| (0..cols).all(|c| data[r * cols + c] == value(t, r, first + c, version)))
+    }
+
+    fn bytes(&self, t: usize) -> Vec<u8> {
+        let mut bytes = vec![0; SIDE * SIDE];
+        // SAFETY: `new` made the memory with this many bytes.
+        unsafe { gpu::read(self.memory[t].cast(), &mut bytes) };
+        bytes
     }
 
     fn fill(&self, version: u64) {
         let (rows, cols) = (SIDE / 2, SIDE);
         let first = (self.rank % 2) as usize * rows;
         for (t, &m) in self.memory.iter().enumerate() {
+            let values = (0..rows * cols).map(|i| value(t, first + i / cols, i % cols, version));
+            let bytes: Vec<u8> = values.flat_map(u16::to_ne_bytes).collect();
             // SAFETY: `new` made the memory with this many elements, and no sync is in progress.
-            let data = unsafe { std::slice::from_raw_parts_mut(m, rows * cols) };
-            for (i, x) in data.iter_mut().enumerate() {
-                *x = value(t, first + i / cols, i % cols, version);
-            }
+            unsafe { gpu::write(m.cast(), &bytes) };
         }
     }
 
     fn sum(&self) -> u64 {
-        self.memory.iter().enumerate().fold(0, |sum, (t, &m)| {
-            // SAFETY: as in `whole`.
-            let bytes = unsafe { std::slice::from_raw_parts(m.cast::<u8>(), SIDE * SIDE) };
-            sum ^ xxhash_rust::xxh3::xxh3_64_with_seed(bytes, t as u64)
-        })
+        (0..TENSORS).fold(0, |sum, t| sum ^ xxhash_rust::xxh3::xxh3_64_with_seed(&self.bytes(t), t as u64))
     }
 
     fn sync(&self, version: u64) -> rs_status_t {
@@ -444,7 +459,8 @@ fn one_round(name: &str, flags: u32, shared: bool, stop: bool, victims: &[i32], 
         p.expect("connected", long);
         p.expect("healed", long);
     }
-    for p in all {
+    // Readers first: a GPU's memory is not freed while another process has it open.
+    for p in all.into_iter().rev() {
         p.end();
     }
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What takes longer than continuous integration may: about 40 minutes on 2 cores. Like run.sh: tests/long.sh [WORD ...].
+# What takes longer than continuous integration may: about an hour on 2 cores. Like run.sh: tests/long.sh [WORD ...].
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
@@ -22,6 +22,8 @@ step worlds 1800 many_worlds
 step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
+step gpu        3600 env RESHARD_SEEDS=100 RESHARD_CASES=1000 tests/standin/run.sh
+step mutations  3600 tests/standin/mutations.sh
 step frameworks 3600 frameworks
 
 finish

@@ -6,6 +6,7 @@ mod oracle;
 
 use fastrand::Rng;
 use oracle::breakage::{self, Broken};
+use oracle::gpu::HOST;
 use oracle::library::Failure;
 use oracle::model::Case;
 use oracle::naive::{Slip, move_all};
@@ -159,18 +160,18 @@ fn the_oracle_passes_an_honest_mover_and_catches_each_slip() {
         let case = generate::case(seed, None);
         let all = vec![true; case.tensors.len()];
         let moved = |slip: Slip| {
-            let fresh = |rank: &model::Rank| Memory::new(&rank.blocks, seed);
+            let fresh = |rank: &model::Rank| Memory::new(HOST, &rank.blocks, seed);
             let mut memories: Vec<Memory> = case.ranks.iter().map(fresh).collect();
             let mut expected = Vec::new();
             for (r, memory) in memories.iter_mut().enumerate() {
-                let mut image = memory.bytes().to_vec();
+                let mut image = memory.bytes();
                 write(&case, r, RS_SOURCE, &all, 1, memory, &mut image);
-                memory.bytes_mut().copy_from_slice(&image);
+                memory.write(&image);
                 write(&case, r, RS_TARGET, &all, 1, memory, &mut image);
                 expected.push(image);
             }
             move_all(&case, &mut memories, slip);
-            let bytes: Vec<Vec<u8>> = memories.iter().map(|m| m.bytes().to_vec()).collect();
+            let bytes: Vec<Vec<u8>> = memories.iter().map(Memory::bytes).collect();
             (bytes, memories.iter().enumerate().try_for_each(|(r, m)| compare(&case, r, m, &expected[r])))
         };
         let (honest, verdict) = moved(Slip::None);

@@ -4,7 +4,6 @@ use reshard::abi::*;
 use reshard::comm::{Comm, Deadline, loopback};
 use reshard::container::{Config, Container, Sync};
 use reshard::device::Mem;
-use reshard::device::host::HostDevice;
 use reshard::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,8 +47,8 @@ fn layout(names: &[&str], role: u32, memory: &mut [Vec<u16>]) -> (Layout, Vec<Me
 fn container(comm: Arc<dyn Comm>, names: &[&str], role: u32, memory: &mut [Vec<u16>]) -> Container {
     let (layout, mems) = layout(names, role, memory);
     let timeout = Duration::from_secs(20);
-    let device = Arc::new(HostDevice::new());
-    let config = Config { label: String::new(), device, host_id: None, staging: 1 << 20, threads: 1, timeout, comm: Some(comm) };
+    let config =
+        Config { label: String::new(), device: None, host_id: None, staging: 1 << 20, threads: 1, timeout, comm: Some(comm) };
     Container::new(config, layout, mems, None).unwrap()
 }
 

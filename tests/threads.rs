@@ -6,7 +6,7 @@ use reshard::abi::*;
 use reshard::comm::{Comm, loopback};
 use reshard::container::{Config, Container, Sync};
 use reshard::device::host::HostDevice;
-use reshard::device::{Device, Event, Job, Mem, Stream};
+use reshard::device::{Copies, CopyNow, Device, Event, Job, Mem, Stream};
 use reshard::error::Result;
 use reshard::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::collections::HashSet;
@@ -38,11 +38,8 @@ impl Device for Noting {
     fn free(&self, mem: Mem) {
         self.host.free(mem);
     }
-    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
-        self.seen.lock().unwrap().insert(std::thread::current().id());
-        // Long enough for every thread to take its share, however busy the machine.
-        std::thread::sleep(Duration::from_millis(5));
-        self.host.copy(jobs, stream)
+    fn copies(&self) -> Copies<'_> {
+        Copies::AsTheyAre(self)
     }
     fn record(&self, stream: Stream) -> Result<Event> {
         self.host.record(stream)
@@ -55,6 +52,15 @@ impl Device for Noting {
     }
     fn forget(&self, event: Event) {
         self.host.forget(event);
+    }
+}
+
+impl CopyNow for Noting {
+    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
+        self.seen.lock().unwrap().insert(std::thread::current().id());
+        // Long enough for every thread to take its share, however busy the machine.
+        std::thread::sleep(Duration::from_millis(5));
+        self.host.copy(jobs, stream)
     }
 }
 
@@ -93,7 +99,15 @@ fn rank(comm: Arc<dyn Comm>, device: Arc<Noting>, role: u32, memory: &mut [u16])
     };
     let layout = Layout::new(&tensors, &buffers, &[whole]).unwrap();
     let timeout = Duration::from_secs(20);
-    let config = Config { label: String::new(), device, host_id: None, staging: 1 << 20, threads: 4, timeout, comm: Some(comm) };
+    let config = Config {
+        label: String::new(),
+        device: Some(device),
+        host_id: None,
+        staging: 1 << 20,
+        threads: 4,
+        timeout,
+        comm: Some(comm),
+    };
     let mut out = Container::new(config, layout, vec![mem], None).unwrap();
     out.connect().unwrap();
     out

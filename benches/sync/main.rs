@@ -14,7 +14,6 @@ use reshard::comm::local::{Force, join};
 use reshard::comm::{Comm, Deadline, loopback};
 use reshard::container::{Config, Container, Sync};
 use reshard::device::Mem;
-use reshard::device::host::HostDevice;
 use reshard::layout::Layout;
 use std::process::Command;
 use std::sync::Arc;
@@ -46,7 +45,7 @@ fn container(comm: Arc<dyn Comm>, side: &Side, mems: Vec<Mem>) -> Container {
     let layout = Layout::new(&side.tensors, &rows, &side.tiles).expect("a layout");
     let config = Config {
         label: String::new(),
-        device: Arc::new(HostDevice::new()),
+        device: None,
         host_id: None,
         staging: 256 << 20,
         threads: 1,

@@ -15,9 +15,11 @@ pub mod foreign;
 #[allow(unsafe_code)]
 pub mod local;
 pub mod loopback;
+#[allow(unsafe_code)]
+pub mod nccl;
 
 use crate::abi::RS_ERR_TIMEOUT;
-use crate::device::{Mem, Stream};
+use crate::device::{Export, Mem, Stream};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
 use std::time::{Duration, Instant};
@@ -67,6 +69,10 @@ pub trait Comm: Send + Sync {
     fn allgather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<u8>>;
     /// Ends the communicator everywhere, at once: calls in progress on any rank return an error with `why`. From any thread.
     fn abort(&self, why: &str);
+    /// DLPack's `(device_type, device_id)` of the only memory that it moves, if it is so.
+    fn device(&self) -> Option<(i32, i32)> {
+        None
+    }
     /// The error that ended it, or that a peer's death now ends it with. Cheap enough for every chunk of a copy.
     fn check(&self) -> Result<()>;
     /// Reading other ranks' memory, if it can.
@@ -99,6 +105,8 @@ pub enum Access {
 pub enum Window {
     /// Addressable here. The [`Mem`] covers exactly what the owner offered.
     Mapped(Mem),
+    /// In a device's memory of another process: its reader's device opens it.
+    Exported(Export),
     /// At `addr` in the owner's process, `len` bytes.
     Remote {
         /// Address in the owner.
@@ -114,7 +122,7 @@ impl Window {
     /// The part of it that both ends know.
     pub fn access(&self) -> Access {
         match self {
-            Window::Mapped(_) => Access::Mapped,
+            Window::Mapped(_) | Window::Exported(_) => Access::Mapped,
             Window::Remote { .. } => Access::Remote,
             Window::Sent => Access::Sent,
         }
@@ -184,6 +192,10 @@ pub trait Group: Sync {
     fn recv(&self, mem: Mem, from: u32, stream: Stream) -> Result<()>;
     /// Starts the group.
     fn end(&self) -> Result<()>;
+    /// After a failure: whether what was handed over either never runs or is on its stream, so that the stream's end is the end of it.
+    fn idle(&self) -> bool {
+        true
+    }
     /// Whether all groups ended so far are complete.
     fn poll(&self) -> Result<bool>;
 }

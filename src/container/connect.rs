@@ -6,6 +6,7 @@ use super::{Container, FromSpec, Phase};
 use crate::abi::*;
 use crate::comm::{Access, Comm, Deadline, Window};
 use crate::error::{Error, Result, bail, err};
+use crate::exec::batches::{Batches, Places};
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
@@ -13,6 +14,7 @@ use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
 use crate::preset::variant::Variants;
 use crate::preset::world::World;
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
+use std::any::Any;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,28 +43,45 @@ pub(super) struct Connected {
     /// The binding of each rank whose addresses we know.
     pub bindings: Vec<u64>,
     pub links: Links,
+    pub ready: Ready,
+    /// Of the last subset, by its digest.
+    pub subset: Option<(u64, Ready)>,
+}
+
+/// What a sync does on this rank, with the lists of a device that wants them ready.
+#[derive(Default)]
+pub(super) struct Ready {
     pub work: Work,
-    /// Work of the last subset, by its digest.
-    pub subset: Option<(u64, Work)>,
+    pub batches: Option<Batches>,
 }
 
 impl Connected {
     /// The copies of a sync of the last subset, or of everything.
-    pub fn chosen(&self, subset: bool) -> &Work {
+    pub fn chosen(&self, subset: bool) -> &Ready {
         match &self.subset {
-            Some((_, work)) if subset => work,
-            _ => &self.work,
+            Some((_, ready)) if subset => ready,
+            _ => &self.ready,
         }
+    }
+
+    /// Every tensor's copies.
+    pub fn work(&self) -> &Work {
+        &self.ready.work
     }
 }
 
-/// Windows of the ranks that we read from, and what our readers made of ours. See `exec::work::Way`.
+/// Windows of the ranks that we read from, in the order of `opened`, and what our readers made of ours. See `exec::work::Way`.
 #[derive(Default)]
 pub(super) struct Links {
-    pub windows: Vec<(u32, Vec<Window>)>,
+    pub windows: Vec<Vec<Window>>,
     pub opened: Vec<(u32, Vec<u32>, Vec<Access>)>,
     pub granted: Vec<(u32, Vec<u32>, Vec<Access>)>,
+    /// What keeps windows open.
+    pub kept: Vec<Kept>,
 }
+
+/// See `device::Imported`.
+type Kept = Arc<dyn Any + Send + Sync>;
 
 impl Container {
     /// Collective: agrees, exchanges tables, plans. Also after a failure, with a communicator that works.
@@ -115,7 +134,7 @@ impl Container {
             rank: me,
             world,
             host: self.host,
-            device: [0; 2],
+            device: self.device.uuid(),
             pid: std::process::id(),
             big_endian: cfg!(target_endian = "big"),
             imported: (0..world).all(|r| r == me || self.imported.contains_key(&r)),
@@ -171,7 +190,7 @@ impl Container {
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
             links: Links::default(),
-            work: Work::default(),
+            ready: Ready::default(),
             subset: None,
         };
         // Others wait for this rank in there, so a failure ends the communicator rather than being agreed on.
@@ -182,11 +201,14 @@ impl Container {
 
     /// Whether the communicator can move this device's memory.
     fn movable(&self, comm: &dyn Comm) -> Result<()> {
-        if comm.pipe().is_some() && self.device.id().0 != RS_DEVICE_CPU {
+        if let Some(wanted) = comm.device().filter(|&d| !self.mems.is_empty() && d != self.device.id()) {
             bail!(
                 RS_ERR_UNSUPPORTED,
-                "communicator '{}' moves host memory only, the device is '{}'",
+                "communicator '{}' moves memory of device (type {}, id {}), the container's device is '{}'; host memory goes through a \
+                 GPU where it is pinned and bound as RS_DEVICE_CUDA_HOST ({RS_DEVICE_CUDA_HOST}) of that GPU",
                 comm.name(),
+                wanted.0,
+                wanted.1,
                 self.device.name()
             );
         }
@@ -287,19 +309,25 @@ impl Container {
             }
             let opened = windows.exchange(&offers, &owners, deadline)?;
             for ((reader, row), access) in rows.into_iter().zip(opened.granted) {
+                if access.contains(&Access::Sent) {
+                    self.sendable().map_err(|e| e.context(format_args!("weights for rank {reader}")))?;
+                }
                 c.links.granted.push((reader, row, access));
             }
-            for ((owner, row), list) in owners.into_iter().zip(wanted).zip(opened.windows) {
+            for ((owner, row), mut list) in owners.into_iter().zip(wanted).zip(opened.windows) {
                 if list.len() != row.len() {
                     bail!(RS_ERR_PEER, "rank {owner} offered {} buffers where the plan reads {}", list.len(), row.len());
                 }
+                for window in &mut list {
+                    self.reach(window, &mut c.links.kept).map_err(|e| e.context(format_args!("weights of rank {owner}")))?;
+                }
                 c.links.opened.push((owner, row, list.iter().map(Window::access).collect()));
-                c.links.windows.push((owner, list));
+                c.links.windows.push(list);
             }
         }
-        c.work = self.work(comm, c, None)?;
+        c.ready = self.ready(comm, c, None)?;
         if let Some(pipe) = comm.pipe() {
-            let lanes = &c.work.lanes;
+            let lanes = &c.work().lanes;
             let to: Vec<u32> = lanes.iter().filter(|l| !l.out.is_empty()).map(|l| l.peer).collect();
             let from: Vec<u32> = lanes.iter().filter(|l| !l.into.is_empty()).map(|l| l.peer).collect();
             pipe.open(&to, &from, deadline)?;
@@ -307,19 +335,63 @@ impl Container {
         Ok(())
     }
 
+    /// Makes sure that our device can read another rank's memory; what that opens is kept open by what `kept` gets.
+    fn reach(&self, window: &mut Window, kept: &mut Vec<Kept>) -> Result<()> {
+        match *window {
+            Window::Exported(export) => {
+                let (mem, open) = self.device.import(&export)?;
+                *window = Window::Mapped(mem);
+                kept.push(open);
+                Ok(())
+            }
+            Window::Mapped(mem) => {
+                let (kind, id) = mem.kind();
+                // Of another device of that type perhaps.
+                if !self.device.holds((kind, self.device.id().1)) {
+                    bail!(
+                        RS_ERR_UNSUPPORTED,
+                        "they are in memory of device (type {kind}, id {id}), which '{}' cannot read; host memory that a GPU reads \
+                         must be pinned and bound as RS_DEVICE_CUDA_HOST ({RS_DEVICE_CUDA_HOST})",
+                        self.device.name()
+                    );
+                }
+                self.device.reach(mem)
+            }
+            _ => self.sendable(),
+        }
+    }
+
+    /// Whether what cannot be mapped can be sent through the communicator's memory.
+    fn sendable(&self) -> Result<()> {
+        if self.device.id().0 != RS_DEVICE_CPU {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "'{}' moves through memory that processes share: a GPU's from cudaMalloc() (not of PyTorch's expandable segments, not \
+                 pinned host memory); use rs_comm_from_nccl()",
+                self.device.name()
+            );
+        }
+        Ok(())
+    }
+
     /// The copies of all tensors, or of those marked (by ordinal).
-    pub(super) fn work(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>) -> Result<Work> {
+    pub(super) fn ready(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>) -> Result<Ready> {
         let accept = |ordinal: u32| subset.is_none_or(|s| s[ordinal as usize]);
         let accept_local = |row: u32| accept(c.ordinals[row as usize]);
         let way = match comm.windows() {
             Some(windows) => Way::Windows { windows, granted: &c.links.granted, opened: &c.links.opened },
-            None => Way::Group,
+            // Other memory than the device's own is host memory, which the communicator need not take.
+            None => Way::Group { direct: &|row| self.mems[row as usize].kind() == self.device.id() },
         };
         let work = build(&c.plan, &self.local, &accept_local, &accept, &way, c.message);
         if let Some(rounds) = &work.group {
             rounds.check()?;
         }
-        Ok(work)
+        let places = Places { mems: &self.mems, windows: &c.links.windows };
+        // Of everything, where this is a subset.
+        let other = c.ready.batches.as_ref().filter(|_| subset.is_some());
+        let batches = Batches::new(&self.device, places, &work, other)?;
+        Ok(Ready { work, batches })
     }
 }
 

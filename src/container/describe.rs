@@ -46,7 +46,7 @@ impl Container {
             "rounds": rounds("messages_out").max(rounds("messages_in")),
             "staging_bytes": self.staging_of(c),
             "plan_seconds": self.stats.plan_seconds,
-            "bytes": bytes(&c.work.bytes),
+            "bytes": bytes(&c.work().bytes),
             "peers": peers,
             "moves": moves + c.plan.doubles.len() + self.local.pieces.len(),
         });
@@ -171,7 +171,7 @@ impl Container {
     }
 
     fn staging_of(&self, c: &Connected) -> u64 {
-        let group = c.work.group.as_ref().map_or(0, |g| g.staging());
+        let group = c.work().group.as_ref().map_or(0, |g| g.staging());
         let pipe = self.comm.as_ref().and_then(|c| c.pipe().map(|p| p.bytes()));
         group + pipe.unwrap_or(0)
     }

@@ -14,7 +14,7 @@ pub mod sync;
 
 use crate::abi::*;
 use crate::comm::Comm;
-use crate::device::{Device, Mem, Stream};
+use crate::device::{Device, Mem, Stream, for_memory};
 use crate::error::{Result, bail, err};
 use crate::layout::{Buffer, Layout};
 use crate::plan::local::{Local, plan_local};
@@ -31,8 +31,8 @@ use std::time::Duration;
 pub struct Config {
     /// For log lines and errors; see [`Container::label`].
     pub label: String,
-    /// Who copies.
-    pub device: Arc<dyn Device>,
+    /// Who copies; `None`: the library's own device for the memory at hand.
+    pub device: Option<Arc<dyn Device>>,
     /// Identity of the host; `None`: found out.
     pub host_id: Option<u64>,
     /// Most staging in bytes.
@@ -80,6 +80,8 @@ enum Phase {
 pub struct Container {
     label: String,
     device: Arc<dyn Device>,
+    /// Whether the device follows the memory.
+    own_device: bool,
     host: u64,
     staging: u64,
     threads: usize,
@@ -101,13 +103,16 @@ pub struct Container {
 impl Container {
     /// Local. `mems[i]` is the memory of row i of the layout's buffers; `spec` is where the layout comes from, if it was not given.
     pub fn new(config: Config, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<Container> {
-        check_memory(&*config.device, &layout, &mems)?;
+        let own_device = config.device.is_none();
+        let device = config.device.map_or_else(|| for_memory(mems.iter().map(|m| m.kind())), Ok)?;
+        check_memory(&*device, &layout, &mems)?;
         let control = Arc::new(Control::default());
         control.set_comm(config.comm.clone());
         let local = plan_local(&layout)?;
         Ok(Container {
             label: config.label,
-            device: config.device,
+            device,
+            own_device,
             host: config.host_id.unwrap_or_else(host::host_id),
             staging: config.staging,
             threads: config.threads.max(1),
@@ -168,20 +173,25 @@ impl Container {
         Ok(())
     }
 
-    /// Other memory. With the same boxes a local call: plans stay, the next sync tells the others the addresses. With other boxes
-    /// every rank rebinds or not as it likes, and all connect.
+    /// Other memory. With the same boxes, on the same device, a local call: plans stay, the next sync tells the others the addresses.
+    /// With others every rank rebinds or not as it likes, and all connect.
     pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<()> {
-        check_memory(&*self.device, &layout, &mems)?;
+        let mut device = self.device.clone();
+        if self.own_device && !mems.iter().all(|m| device.holds(m.kind())) {
+            device = for_memory(mems.iter().map(|m| m.kind()))?;
+        }
+        check_memory(&*device, &layout, &mems)?;
         let local = plan_local(&layout)?;
         let params = layout.buffers().iter().map(|b| self.carried(b)).collect();
         let digest = |s: &Option<FromSpec>| s.as_ref().map(|s| s.world.spec.digest);
-        if !self.layout.same_boxes(&layout) || digest(&self.spec) != digest(&spec) {
+        let moved = device.id() != self.device.id();
+        if moved || !self.layout.same_boxes(&layout) || digest(&self.spec) != digest(&spec) {
             self.imported.clear();
             self.phase = Phase::Created;
         }
         self.params = params;
         self.binding += 1;
-        (self.layout, self.mems, self.spec, self.local) = (layout, mems, spec, local);
+        (self.device, self.layout, self.mems, self.spec, self.local) = (device, layout, mems, spec, local);
         Ok(())
     }
 
@@ -244,8 +254,8 @@ impl Container {
 /// Every buffer lies on the device, and in the memory given for it.
 fn check_memory(device: &dyn Device, layout: &Layout, mems: &[Mem]) -> Result<()> {
     for (buffer, mem) in layout.buffers().iter().zip(mems) {
-        let (kind, id) = device.id();
-        if (buffer.device_type, buffer.device_id) != (kind, id) {
+        if !device.holds(mem.kind()) {
+            let (kind, id) = device.id();
             bail!(
                 RS_ERR_UNSUPPORTED,
                 "buffer '{}' is on device (type {}, id {}), the container's device '{}' is (type {kind}, id {id})",
@@ -255,9 +265,11 @@ fn check_memory(device: &dyn Device, layout: &Layout, mems: &[Mem]) -> Result<()
                 device.name()
             );
         }
-        if (mem.addr() as u64, mem.len() as u64) != (buffer.addr, buffer.bytes) {
+        if (mem.addr() as u64, mem.len() as u64, mem.kind()) != (buffer.addr, buffer.bytes, (buffer.device_type, buffer.device_id))
+        {
             bail!(RS_ERR_INTERNAL, "buffer '{}' and its memory differ", buffer.name);
         }
+        device.reach(*mem).map_err(|e| e.context(format_args!("buffer '{}'", buffer.name)))?;
     }
     if layout.buffers().len() != mems.len() {
         bail!(RS_ERR_INTERNAL, "{} buffers with {} blocks of memory", layout.buffers().len(), mems.len());

@@ -1,13 +1,14 @@
 //! One version of the weights, from the header to the agreement.
 #![forbid(unsafe_code)]
 
-use super::connect::Connected;
+use super::connect::{Connected, Ready};
 use super::{Container, Phase, Sync};
 use crate::abi::*;
 use crate::comm::{Comm, Deadline};
 use crate::device::Stream;
 use crate::error::{Error, Result, bail, err};
-use crate::exec::Run;
+use crate::exec::batches::Places;
+use crate::exec::{Run, settle};
 use crate::wire::Header;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -45,7 +46,10 @@ impl Container {
     fn version(&mut self, comm: &dyn Comm, c: &mut Connected, request: &Sync, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let begun = Instant::now();
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
-        let subset = self.subset(c, request);
+        // What the caller's stream still does to the sources, others must not read.
+        let ready = self.device.check_stream(request.stream);
+        let ready = ready.and_then(|()| settle(&*self.device, request.stream, comm, deadline));
+        let subset = ready.and_then(|()| self.subset(c, request));
         let chosen = subset.as_ref().ok().and_then(Option::as_deref);
         let mine = Header {
             version: request.version,
@@ -56,7 +60,8 @@ impl Container {
         };
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
-        let subset = subset?;
+        let fatal = |e: Error| if e.status() <= RS_ERR_TIMEOUT { give_up(comm, e) } else { e };
+        let subset = subset.map_err(fatal)?;
         compare(comm.rank(), &headers, &mine)?;
         let wrote = AtomicBool::new(false);
         let landed = self.land(comm, c, request.stream, (&mine, &headers), subset.as_deref(), &wrote, deadline, progress);
@@ -77,7 +82,7 @@ impl Container {
             self.mark(c, subset.as_deref(), state, request.version);
         }
         if agreed.is_ok() {
-            let work = c.chosen(subset.is_some());
+            let work = &c.chosen(subset.is_some()).work;
             let s = &mut self.stats;
             (s.version, s.bytes) = (request.version, work.bytes);
             s.rounds = work.group.as_ref().map_or(0, |g| g.rounds());
@@ -108,14 +113,20 @@ impl Container {
             c.bindings = headers.iter().map(|h| h.binding).collect();
         }
         if subset.is_some() && c.subset.as_ref().is_none_or(|s| s.0 != mine.subset) {
-            c.subset = Some((mine.subset, self.work(comm, c, subset)?));
+            c.subset = Some((mine.subset, self.ready(comm, c, subset)?));
         }
-        let windows: Vec<_> = c.links.windows.iter().map(|w| w.1.clone()).collect();
-        let work = c.chosen(subset.is_some());
-        let threads = self.threads;
-        let run = Run { device: &*self.device, comm, mems: &self.mems, windows: &windows, stream, threads, deadline, wrote };
+        let Ready { work, batches } = c.chosen(subset.is_some());
+        let places = Places { mems: &self.mems, windows: &c.links.windows };
+        let (device, batches, threads) = (&self.device, batches.as_ref(), self.threads);
+        let stuck = AtomicBool::new(false);
+        let run = Run { device, comm, places, batches, stream, threads, deadline, wrote, stuck: &stuck };
         let total = work.bytes.work();
-        run.run(work, &mut |done| progress(done, total))
+        let moved = run.run(work, &mut |done| progress(done, total));
+        if stuck.load(Ordering::Relaxed) {
+            log::warn!("{} does not finish a failed sync: the memory that it uses is left where it is", self.device.name());
+            std::mem::forget((c.ready.batches.take(), c.subset.take(), std::mem::take(&mut c.links.kept)));
+        }
+        moved
     }
 
     /// The tensors of `only`, by ordinal.
@@ -201,7 +212,8 @@ fn gather(comm: &dyn Comm, mine: &Header, deadline: Deadline) -> Result<Vec<Head
 fn compare(me: u32, headers: &[Header], mine: &Header) -> Result<()> {
     for (rank, h) in headers.iter().enumerate() {
         if h.status != RS_OK {
-            bail!(RS_ERR_MISMATCH, "rank {rank} refused its call of rs_sync_weights (status {}): nothing moved", h.status);
+            let status = if h.status <= RS_ERR_TIMEOUT { RS_ERR_PEER } else { RS_ERR_MISMATCH };
+            bail!(status, "rank {rank} refused its call of rs_sync_weights (status {}): nothing moved", h.status);
         }
         if h.version != mine.version {
             bail!(RS_ERR_MISMATCH, "rank {me} syncs version {}, rank {rank} version {}: nothing moved", mine.version, h.version);

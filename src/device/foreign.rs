@@ -2,7 +2,7 @@
 //!
 //! Knows how to call them and what their answers mean. Must not know what kind of memory they copy.
 
-use super::{Device, Event, Job, Mem, Stream};
+use super::{Copies, CopyNow, Device, Event, Job, Mem, Stream};
 use crate::abi::*;
 use crate::convert::{Convert, Float};
 use crate::error::{Error, Result, bail, err, status_name};
@@ -136,7 +136,7 @@ impl Device for ForeignDevice {
         }
         memory.expose_provenance();
         // SAFETY: the promise given to `new`: that many bytes, ours until `free`.
-        Ok(unsafe { Mem::new(memory.cast(), bytes) })
+        Ok(unsafe { Mem::of(self.id, memory.cast(), bytes) })
     }
 
     fn free(&self, mem: Mem) {
@@ -144,15 +144,8 @@ impl Device for ForeignDevice {
         unsafe { (self.free)(self.ctx, pointer(mem.addr())) }
     }
 
-    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
-        let mut rows = Vec::new();
-        for job in jobs {
-            for_each_row(job, |row| {
-                rows.push(row);
-                if rows.len() == ROWS { self.start(&mut rows, stream) } else { Ok(()) }
-            })?;
-        }
-        if rows.is_empty() { Ok(()) } else { self.start(&mut rows, stream) }
+    fn copies(&self) -> Copies<'_> {
+        Copies::AsTheyAre(self)
     }
 
     fn record(&self, stream: Stream) -> Result<Event> {
@@ -178,6 +171,19 @@ impl Device for ForeignDevice {
     fn forget(&self, event: Event) {
         // SAFETY: as in `query`; it is used no more.
         unsafe { (self.destroy)(self.ctx, pointer(event.0)) }
+    }
+}
+
+impl CopyNow for ForeignDevice {
+    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()> {
+        let mut rows = Vec::new();
+        for job in jobs {
+            for_each_row(job, |row| {
+                rows.push(row);
+                if rows.len() == ROWS { self.start(&mut rows, stream) } else { Ok(()) }
+            })?;
+        }
+        if rows.is_empty() { Ok(()) } else { self.start(&mut rows, stream) }
     }
 }
 

@@ -16,7 +16,7 @@ mod tiles;
 #[cfg(test)]
 mod tests;
 
-use super::{Device, Event, Job, Mem, Stream};
+use super::{Copies, CopyNow, Device, Event, Job, Mem, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::geom::CopyAxis;
@@ -108,16 +108,8 @@ impl Device for HostDevice {
         }
     }
 
-    fn copy(&self, jobs: &[Job<'_>], _stream: Stream) -> Result<()> {
-        for job in jobs {
-            // SAFETY: a job's bytes lie inside its two blocks, which whoever made them promised to be accessible and still;
-            // `Path::Avx2` exists only where the CPU has AVX2.
-            unsafe { run(self.path, job) };
-        }
-        if jobs.iter().any(Job::is_streaming) {
-            rows::fence(self.path);
-        }
-        Ok(())
+    fn copies(&self) -> Copies<'_> {
+        Copies::AsTheyAre(self)
     }
 
     fn record(&self, _stream: Stream) -> Result<Event> {
@@ -133,6 +125,20 @@ impl Device for HostDevice {
     }
 
     fn forget(&self, _event: Event) {}
+}
+
+impl CopyNow for HostDevice {
+    fn copy(&self, jobs: &[Job<'_>], _stream: Stream) -> Result<()> {
+        for job in jobs {
+            // SAFETY: a job's bytes lie inside its two blocks, which whoever made them promised to be accessible and still;
+            // `Path::Avx2` exists only where the CPU has AVX2.
+            unsafe { run(self.path, job) };
+        }
+        if jobs.iter().any(Job::is_streaming) {
+            rows::fence(self.path);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for HostDevice {

@@ -4,16 +4,20 @@
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
+pub mod cuda;
+#[allow(unsafe_code)]
 pub mod foreign;
 #[allow(unsafe_code)]
 pub mod host;
 #[allow(unsafe_code)]
 pub mod mem;
 
-use crate::abi::RS_ERR_INTERNAL;
+use crate::abi::{RS_DEVICE_CUDA, RS_DEVICE_CUDA_HOST, RS_ERR_INTERNAL, RS_ERR_UNSUPPORTED};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
 pub use mem::Mem;
+use std::any::Any;
+use std::sync::Arc;
 
 /// One strided copy with both its addresses, checked: every byte it touches lies inside `src` and `dst`.
 #[derive(Clone, Copy, Debug)]
@@ -78,16 +82,36 @@ pub struct Event(pub usize);
 pub trait Device: Send + Sync {
     /// Its name in logs and errors.
     fn name(&self) -> &str;
-    /// DLPack's `(device_type, device_id)` of the memory it copies.
+    /// DLPack's `(device_type, device_id)`.
     fn id(&self) -> (i32, i32);
+    /// Identity of the hardware, equal in all processes that use it; zeros: nothing that two processes could share.
+    fn uuid(&self) -> [u64; 2] {
+        [0; 2]
+    }
+    /// Whether it copies from and to memory of a DLPack `(device_type, device_id)`.
+    fn holds(&self, kind: (i32, i32)) -> bool {
+        kind == self.id()
+    }
+    /// Makes sure that it can reach memory of a type that it [`holds`](Device::holds), this rank's or another's. An error says why not.
+    fn reach(&self, _mem: Mem) -> Result<()> {
+        Ok(())
+    }
+    /// Opens a block that another process exported.
+    fn import(&self, _export: &Export) -> Result<Imported> {
+        bail!(RS_ERR_UNSUPPORTED, "'{}' cannot open memory of another process", self.name())
+    }
     /// Whether its copies convert values.
     fn converts(&self) -> bool;
+    /// Refuses a stream that work cannot be put on.
+    fn check_stream(&self, _stream: Stream) -> Result<()> {
+        Ok(())
+    }
     /// Staging memory.
     fn alloc(&self, bytes: usize) -> Result<Mem>;
     /// Gives back what [`Device::alloc`] gave; nothing may use it any more.
     fn free(&self, mem: Mem);
-    /// Starts all copies, in no particular order; source and target of two jobs never overlap.
-    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()>;
+    /// How it takes lists of copies.
+    fn copies(&self) -> Copies<'_>;
     /// Marks what was started on the stream so far.
     fn record(&self, stream: Stream) -> Result<Event>;
     /// Whether everything before the mark is done.
@@ -96,4 +120,62 @@ pub trait Device: Send + Sync {
     fn wait(&self, stream: Stream, event: &Event) -> Result<()>;
     /// Gives a mark back.
     fn forget(&self, event: Event);
+}
+
+/// How a device takes lists of copies.
+pub enum Copies<'a> {
+    /// As they are, each time.
+    AsTheyAre(&'a dyn CopyNow),
+    /// Made ready once, then started as often as wanted.
+    Prepared(&'a dyn Prepare),
+}
+
+/// A device that takes lists of copies as they are.
+pub trait CopyNow: Sync {
+    /// Starts all copies, in no particular order; source and target of two jobs never overlap.
+    fn copy(&self, jobs: &[Job<'_>], stream: Stream) -> Result<()>;
+}
+
+/// A device that wants lists of copies ready before it starts them.
+pub trait Prepare: Sync {
+    /// Makes each list ready. The addresses in it are then those that every start uses.
+    fn prepare(&self, lists: &[Vec<Job<'_>>]) -> Result<Vec<Box<dyn Batch>>>;
+}
+
+/// A list of copies that is ready. Dropped when nothing that it started is running any more.
+pub trait Batch: Send + Sync {
+    /// Starts all copies, in no particular order; source and target of two of them never overlap.
+    fn start(&self, stream: Stream) -> Result<()>;
+}
+
+/// Bytes of a handle by which another process opens an allocation.
+pub const HANDLE: usize = 64;
+
+/// A block of a device's memory as another process of the host opens it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// The device's name for the allocation.
+    pub handle: [u8; HANDLE],
+    /// Where in it the block begins, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// A block of another process, open as long as the second part lives.
+pub type Imported = (Mem, Arc<dyn Any + Send + Sync>);
+
+/// What other processes of the host need to open each of these blocks; `None`: they cannot.
+pub fn export(blocks: &[Mem]) -> Result<Vec<Option<Export>>> {
+    if blocks.iter().any(|b| b.kind().0 == RS_DEVICE_CUDA) { cuda::export(blocks) } else { Ok(vec![None; blocks.len()]) }
+}
+
+/// The library's own device for memory of these DLPack `(device_type, device_id)`: the GPU that the first of them is of, else the one that
+/// the first is pinned for, else the host.
+pub fn for_memory(kinds: impl Iterator<Item = (i32, i32)> + Clone) -> Result<Arc<dyn Device>> {
+    let first = |kind: i32| kinds.clone().find(|k| k.0 == kind);
+    match first(RS_DEVICE_CUDA).or_else(|| first(RS_DEVICE_CUDA_HOST)) {
+        Some((_, id)) => Ok(Arc::new(cuda::CudaDevice::new(id)?)),
+        None => Ok(Arc::new(host::HostDevice::new())),
+    }
 }

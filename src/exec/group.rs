@@ -1,13 +1,16 @@
-//! Rounds of grouped sends and receives through our own staging: pack of round i+1, wire of round i, unpack of round i-1 overlap.
+//! Rounds of grouped sends and receives through our own staging: pack of round i+1, wire of round i, unpack of round i-1 overlap, but where
+//! device and communicator work on one stream (NCCL).
 //!
 //! Staging has two halves, used by turns; each half holds one message to and one from every peer, so it takes at most
 //! 4 * peers * message size. A message that is one contiguous block of a buffer goes from or to that buffer itself.
 #![forbid(unsafe_code)]
 
+use super::batches::{Batches, Places};
 use super::work::{Lane, Parcel};
-use super::{Run, lost};
-use crate::device::{Device, Mem};
+use super::{Run, Staging, lost};
+use crate::device::{Job, Mem};
 use crate::error::{Result, err};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -18,6 +21,8 @@ const GROUP_LIMIT: usize = 4096;
 #[derive(Debug)]
 pub struct Rounds {
     lanes: Vec<Lane>,
+    /// Buffers that are not sent and received as they are.
+    staged: BTreeSet<u32>,
     rounds: usize,
     /// Offset in a half of each lane's outgoing and incoming slot.
     slots: Vec<[u64; 2]>,
@@ -25,20 +30,23 @@ pub struct Rounds {
 }
 
 impl Rounds {
-    /// `None` without lanes.
-    pub fn new(lanes: Vec<Lane>) -> Option<Rounds> {
+    /// `None` without lanes. `may`: whether a buffer may be sent and received as it is.
+    pub fn new(lanes: Vec<Lane>, may: &dyn Fn(u32) -> bool) -> Option<Rounds> {
         let rounds = lanes.iter().map(|l| l.out.len().max(l.into.len())).max()?;
+        let parcels = lanes.iter().flat_map(|l| l.out.iter().chain(&l.into));
+        let staged = parcels.flat_map(|p| p.copies.iter().map(|c| c.0)).filter(|&b| !may(b)).collect();
         let mut half = 0;
         let mut slots = vec![];
         for lane in &lanes {
             let mut slot = |list: &[Parcel]| {
                 let at = half;
-                half += list.iter().filter(|p| direct(p).is_none()).map(|p| p.bytes).max().unwrap_or(0).next_multiple_of(256);
+                half +=
+                    list.iter().filter(|p| direct(p, &staged).is_none()).map(|p| p.bytes).max().unwrap_or(0).next_multiple_of(256);
                 at
             };
             slots.push([slot(&lane.out), slot(&lane.into)]);
         }
-        Some(Rounds { lanes, rounds, slots, half })
+        Some(Rounds { lanes, staged, rounds, slots, half })
     }
 
     /// Bytes of staging that it uses.
@@ -53,15 +61,26 @@ impl Rounds {
 
     /// Runs all rounds. Ends the communicator before an error frees staging that a group in flight still uses.
     pub fn run(&self, run: &Run<'_>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let staging = Staging::new(run.device, self.staging())?;
-        let out = self.all(run, &staging, done, progress);
+        // Lists that are ready have theirs; else it is taken for one sync.
+        let own = match run.batches {
+            None => Some(Staging::new(run.device.clone(), self.staging())?),
+            Some(_) => None,
+        };
+        let staging = own.as_ref().map_or_else(|| run.batches.and_then(Batches::staging), Staging::mem);
+        let out = self.all(run, staging, done, progress);
         if let Err(e) = &out {
             run.comm.abort(e.text());
+            if !run.comm.group().is_none_or(|g| g.idle()) {
+                run.stuck.store(true, Ordering::Relaxed);
+            }
+            if run.drain().is_err() {
+                std::mem::forget(own);
+            }
         }
         out
     }
 
-    fn all(&self, run: &Run<'_>, staging: &Staging<'_>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    fn all(&self, run: &Run<'_>, staging: Option<Mem>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let mut flight = None;
         for round in 0..self.rounds {
             self.pack(run, round, staging)?;
@@ -83,14 +102,14 @@ impl Rounds {
         run.settle()
     }
 
-    fn slot(&self, staging: &Staging<'_>, round: usize, lane: usize, side: usize, bytes: u64) -> Result<Mem> {
+    fn slot(&self, staging: Option<Mem>, round: usize, lane: usize, side: usize, bytes: u64) -> Result<Mem> {
         let at = (round % 2) as u64 * self.half + self.slots[lane][side];
-        staging.mem.and_then(|m| m.cut(at as usize, bytes as usize)).ok_or_else(|| lost("staging"))
+        staging.and_then(|m| m.cut(at as usize, bytes as usize)).ok_or_else(|| lost("staging"))
     }
 
     /// The memory of a message: its own block of a buffer, or its slot.
-    fn place(&self, run: &Run<'_>, staging: &Staging<'_>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<Mem> {
-        match direct(p) {
+    fn place(&self, run: &Run<'_>, staging: Option<Mem>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<Mem> {
+        match direct(p, &self.staged) {
             Some((buffer, offset)) => {
                 let block = run.mem(buffer)?.cut(offset[side] as usize, p.bytes as usize);
                 block.ok_or_else(|| lost(format_args!("a block of buffer row {buffer}")))
@@ -99,16 +118,35 @@ impl Rounds {
         }
     }
 
-    fn pack(&self, run: &Run<'_>, round: usize, staging: &Staging<'_>) -> Result<()> {
-        for (i, lane) in self.lanes.iter().enumerate() {
-            if let Some(p) = lane.out.get(round).filter(|p| direct(p).is_none()) {
-                run.pack(p, self.slot(staging, round, i, 0, p.bytes)?)?;
-            }
-        }
-        Ok(())
+    /// What is packed in a round, or unpacked: each message with its slot.
+    fn slots(&self, round: usize, staging: Option<Mem>, side: usize) -> impl Iterator<Item = Result<(&Parcel, Mem)>> {
+        self.lanes.iter().enumerate().filter_map(move |(i, lane)| {
+            let p = [&lane.out, &lane.into][side].get(round).filter(|p| direct(p, &self.staged).is_none())?;
+            Some(self.slot(staging, round, i, side, p.bytes).map(|slot| (p, slot)))
+        })
     }
 
-    fn start(&self, run: &Run<'_>, round: usize, staging: &Staging<'_>) -> Result<()> {
+    /// The copies that pack a round (side 0) or unpack it (1).
+    pub(super) fn jobs(&self, places: Places<'_>, round: usize, side: usize, staging: Option<Mem>) -> Result<Vec<Job<'_>>> {
+        let mut out = vec![];
+        for slot in self.slots(round, staging, side) {
+            let (parcel, slot) = slot?;
+            match side {
+                0 => places.packing(parcel, slot).try_for_each(|job| job.map(|job| out.push(job)))?,
+                _ => places.unpacking(parcel, slot).try_for_each(|job| job.map(|job| out.push(job)))?,
+            }
+        }
+        Ok(out)
+    }
+
+    fn pack(&self, run: &Run<'_>, round: usize, staging: Option<Mem>) -> Result<()> {
+        match run.batches {
+            Some(batches) => batches.rounds[round][0].start(run.stream),
+            None => self.slots(round, staging, 0).try_for_each(|slot| slot.and_then(|(p, slot)| run.pack(p, slot))),
+        }
+    }
+
+    fn start(&self, run: &Run<'_>, round: usize, staging: Option<Mem>) -> Result<()> {
         let group = run.comm.group().ok_or_else(|| lost("the communicator's group"))?;
         group.begin()?;
         for (i, lane) in self.lanes.iter().enumerate() {
@@ -116,7 +154,7 @@ impl Rounds {
                 group.send(self.place(run, staging, round, i, 0, p)?, lane.peer, run.stream)?;
             }
             if let Some(p) = lane.into.get(round) {
-                if direct(p).is_some() {
+                if direct(p, &self.staged).is_some() {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
                 group.recv(self.place(run, staging, round, i, 1, p)?, lane.peer, run.stream)?;
@@ -137,18 +175,18 @@ impl Rounds {
         Ok(())
     }
 
-    fn unpack(&self, run: &Run<'_>, round: usize, staging: &Staging<'_>, done: &AtomicU64) -> Result<()> {
-        for (i, lane) in self.lanes.iter().enumerate() {
-            if let Some(p) = lane.out.get(round) {
-                done.fetch_add(p.bytes, Ordering::Relaxed);
-            }
-            if let Some(p) = lane.into.get(round) {
-                if direct(p).is_none() {
-                    run.unpack(p, self.slot(staging, round, i, 1, p.bytes)?)?;
+    fn unpack(&self, run: &Run<'_>, round: usize, staging: Option<Mem>, done: &AtomicU64) -> Result<()> {
+        match run.batches {
+            Some(batches) => {
+                if self.lanes.iter().any(|l| l.into.len() > round) {
+                    run.wrote.store(true, Ordering::Relaxed);
                 }
-                done.fetch_add(p.bytes, Ordering::Relaxed);
+                batches.rounds[round][1].start(run.stream)?;
             }
+            None => self.slots(round, staging, 1).try_for_each(|slot| slot.and_then(|(p, slot)| run.unpack(p, slot)))?,
         }
+        let moved = |list: &[Parcel]| list.get(round).map_or(0, |p| p.bytes);
+        done.fetch_add(self.lanes.iter().map(|l| moved(&l.out) + moved(&l.into)).sum(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -169,30 +207,11 @@ impl Rounds {
 }
 
 /// Buffer and byte offsets (as source, as target) of a message that is one contiguous block there.
-fn direct(p: &Parcel) -> Option<(u32, [u64; 2])> {
+fn direct(p: &Parcel, staged: &BTreeSet<u32>) -> Option<(u32, [u64; 2])> {
     match &p.copies[..] {
-        [(buffer, copy)] if copy.axes.is_empty() && copy.convert.is_none() => Some((*buffer, [copy.src, copy.dst])),
-        _ => None,
-    }
-}
-
-/// Staging of one sync.
-struct Staging<'a> {
-    device: &'a dyn Device,
-    mem: Option<Mem>,
-}
-
-impl<'a> Staging<'a> {
-    fn new(device: &'a dyn Device, bytes: u64) -> Result<Staging<'a>> {
-        let mem = if bytes == 0 { None } else { Some(device.alloc(bytes as usize)?) };
-        Ok(Staging { device, mem })
-    }
-}
-
-impl Drop for Staging<'_> {
-    fn drop(&mut self) {
-        if let Some(mem) = self.mem.take() {
-            self.device.free(mem);
+        [(buffer, copy)] if copy.axes.is_empty() && copy.convert.is_none() && !staged.contains(buffer) => {
+            Some((*buffer, [copy.src, copy.dst]))
         }
+        _ => None,
     }
 }

@@ -2,20 +2,22 @@
 //!
 //! Three ways, by what the communicator can do: the target reads the source's memory; messages pass through memory that the
 //! communicator lends; or staging of our own is sent and received in rounds. [`work`] turns pieces into lists of copies once a plan,
-//! this file runs the first two ways, [`group`] the third.
+//! this file runs the first two ways, [`group`] the third; [`batches`] makes the lists ready for a device that wants that.
 //!
 //! Knows copies, ranks, messages. Must not know tensors' names, versions, or how the others were agreed with.
 #![forbid(unsafe_code)]
 
+pub mod batches;
 pub mod group;
 pub mod work;
 
-use crate::abi::{RS_DEVICE_CPU, RS_ERR_INTERNAL, RS_ERR_MEMORY};
+use crate::abi::{RS_DEVICE_CPU, RS_ERR_DEVICE, RS_ERR_INTERNAL, RS_ERR_MEMORY};
 use crate::comm::{Comm, Deadline, Window, Windows};
-use crate::device::{Device, Job, Mem, Stream};
+use crate::device::{Copies, Device, Job, Mem, Stream};
 use crate::error::{Result, err};
-use std::sync::Mutex;
+use batches::{Batches, Places};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use work::{Lane, Origin, Parcel, Unit, Work};
 
@@ -28,13 +30,13 @@ const GRACE: Duration = Duration::from_secs(5);
 /// All that one sync needs besides its [`Work`].
 pub struct Run<'a> {
     /// Who copies.
-    pub device: &'a dyn Device,
+    pub device: &'a Arc<dyn Device>,
     /// Who the others are.
     pub comm: &'a dyn Comm,
-    /// The rank's own buffers, by row.
-    pub mems: &'a [Mem],
-    /// What each owner lets us read: by place in `Work::owners`, by place in that owner's offer.
-    pub windows: &'a [Vec<Window>],
+    /// Where the memory is.
+    pub places: Places<'a>,
+    /// The lists of the work that is run, where the device wants them ready.
+    pub batches: Option<&'a Batches>,
     /// The caller's stream.
     pub stream: Stream,
     /// Threads that copy, the caller's included.
@@ -43,6 +45,8 @@ pub struct Run<'a> {
     pub deadline: Deadline,
     /// Set before the first byte of a target is written.
     pub wrote: &'a AtomicBool,
+    /// Set when the device does not finish what was started: what that uses must not be given back.
+    pub stuck: &'a AtomicBool,
 }
 
 impl Run<'_> {
@@ -59,45 +63,64 @@ impl Run<'_> {
 
     fn all(&self, work: &Work, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let done = AtomicU64::new(0);
-        self.phase(&work.units, &work.lanes, work, &done, progress)?;
+        match self.batches {
+            None => self.phase(&work.units, &work.lanes, work, &done, progress)?,
+            Some(batches) => self.started(batches, work, &done)?,
+        }
         if let Some(group) = &work.group {
             group.run(self, &done, progress)?;
         }
         // Doubles read what has just landed.
         self.settle()?;
-        self.phase(&work.after, &[], work, &done, progress)?;
+        match self.batches {
+            None => self.phase(&work.after, &[], work, &done, progress)?,
+            Some(batches) => {
+                batches.after.start(self.stream)?;
+                done.fetch_add(work.bytes.doubled, Ordering::Relaxed);
+            }
+        }
         self.settle()?;
         progress(done.load(Ordering::Relaxed));
         Ok(())
     }
 
-    /// Returns when the device has done all that was started, or when there is no point in waiting on.
-    pub fn settle(&self) -> Result<()> {
-        self.until_done(|| self.comm.check().and_then(|()| self.deadline.check(|| "the device to finish its copies".into())))
+    fn settle(&self) -> Result<()> {
+        settle(&**self.device, self.stream, self.comm, self.deadline)
     }
 
     /// Returns when the device has done all that was started, dead peers or not; a device that does not within the deadline and
-    /// [`GRACE`] is broken.
+    /// [`GRACE`], or the latter alone where the communicator has ended, is stuck: that is found out once.
     fn drain(&self) -> Result<()> {
-        let end = Deadline::after(self.deadline.left() + GRACE);
-        self.until_done(|| end.check(|| "the device to finish copies of a failed sync".into()))
+        if self.stuck.load(Ordering::Relaxed) {
+            return Err(err!(RS_ERR_DEVICE, "{} did not finish copies of a failed sync", self.device.name()));
+        }
+        let wait = if self.comm.check().is_err() { GRACE } else { self.deadline.left() + GRACE };
+        let end = Deadline::after(wait);
+        let done = until_done(&**self.device, self.stream, || end.check(|| "the device to finish copies of a failed sync".into()));
+        if done.is_err() {
+            self.stuck.store(true, Ordering::Relaxed);
+        }
+        done
     }
 
-    fn until_done(&self, wait_on: impl Fn() -> Result<()>) -> Result<()> {
-        let event = self.device.record(self.stream)?;
-        let waited = loop {
-            match self.device.query(&event) {
-                Ok(true) => break Ok(()),
-                Ok(false) => {}
-                Err(e) => break Err(e),
-            }
-            if let Err(e) = wait_on() {
-                break Err(e);
-            }
-            std::thread::sleep(Duration::from_micros(20));
-        };
-        self.device.forget(event);
-        waited
+    /// All units at once, from lists that are ready.
+    fn started(&self, batches: &Batches, work: &Work, done: &AtomicU64) -> Result<()> {
+        if work.units.is_empty() {
+            return Ok(());
+        }
+        self.wrote.store(true, Ordering::Relaxed);
+        let mut reading = vec![];
+        if let Some(windows) = self.comm.windows() {
+            reading = work.owners.iter().map(|&rank| Reading::begin(windows, rank)).collect::<Result<_>>()?;
+        }
+        let settled = batches.units.start(self.stream).and_then(|()| self.settle());
+        if settled.is_err() {
+            // Owners may take their memory back as soon as we leave.
+            let _ = self.drain();
+        }
+        drop(reading);
+        done.fetch_add(work.units.iter().map(|u| u.bytes).sum(), Ordering::Relaxed);
+        settled
     }
 
     /// Units and lanes together, on all threads.
@@ -167,7 +190,7 @@ impl Run<'_> {
     }
 
     fn mem(&self, buffer: u32) -> Result<Mem> {
-        self.mems.get(buffer as usize).copied().ok_or_else(|| lost(format_args!("buffer row {buffer}")))
+        self.places.mem(buffer)
     }
 
     /// One unit of reading or of copying inside the rank.
@@ -181,7 +204,7 @@ impl Run<'_> {
                 let rank = work.owners[at];
                 let windows = self.comm.windows().ok_or_else(|| lost("the communicator's windows"))?;
                 let _reading = Reading::begin(windows, rank)?;
-                let lists = self.windows.get(at).map_or(&[][..], |w| w);
+                let lists = self.places.windows.get(at).map_or(&[][..], |w| w);
                 let started = self.jobs(unit.steps.iter().filter_map(|s| self.read(windows, rank, lists, s).transpose()));
                 // The owner may take its memory back as soon as we leave.
                 if self.device.id().0 == RS_DEVICE_CPU { started } else { started.and(self.drain()) }
@@ -200,18 +223,22 @@ impl Run<'_> {
 
     fn jobs<'j>(&self, jobs: impl Iterator<Item = Result<Job<'j>>>) -> Result<()> {
         let jobs: smallvec::SmallVec<[Job<'j>; 16]> = jobs.collect::<Result<_>>()?;
-        if jobs.is_empty() { Ok(()) } else { self.device.copy(&jobs, self.stream) }
+        match self.device.copies() {
+            _ if jobs.is_empty() => Ok(()),
+            Copies::AsTheyAre(device) => device.copy(&jobs, self.stream),
+            Copies::Prepared(_) => Err(lost("a prepared list")),
+        }
     }
 
     /// From the rank's buffers into a message.
     fn pack(&self, parcel: &Parcel, into: Mem) -> Result<()> {
-        self.jobs(parcel.copies.iter().map(|(buffer, copy)| Job::new(self.mem(*buffer)?, into, copy)))
+        self.jobs(self.places.packing(parcel, into))
     }
 
     /// From a message into the rank's buffers.
     fn unpack(&self, parcel: &Parcel, from: Mem) -> Result<()> {
         self.wrote.store(true, Ordering::Relaxed);
-        self.jobs(parcel.copies.iter().map(|(buffer, copy)| Ok(Job::new(from, self.mem(*buffer)?, copy)?.streaming())))
+        self.jobs(self.places.unpacking(parcel, from))
     }
 
     /// As many messages of one pair as go without waiting, one of each direction at most.
@@ -238,6 +265,28 @@ impl Run<'_> {
         }
         Ok(moved)
     }
+}
+
+/// Returns when the device has done all that was put on the stream, or when there is no point in waiting on.
+pub fn settle(device: &dyn Device, stream: Stream, comm: &dyn Comm, deadline: Deadline) -> Result<()> {
+    until_done(device, stream, || comm.check().and_then(|()| deadline.check(|| format!("the stream of {}", device.name()))))
+}
+
+fn until_done(device: &dyn Device, stream: Stream, wait_on: impl Fn() -> Result<()>) -> Result<()> {
+    let event = device.record(stream)?;
+    let waited = loop {
+        match device.query(&event) {
+            Ok(true) => break Ok(()),
+            Ok(false) => {}
+            Err(e) => break Err(e),
+        }
+        if let Err(e) = wait_on() {
+            break Err(e);
+        }
+        std::thread::sleep(Duration::from_micros(20));
+    };
+    device.forget(event);
+    waited
 }
 
 /// A place in a pair's two lists of messages.
@@ -269,6 +318,32 @@ impl<'a> Reading<'a> {
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
         self.windows.leave(self.owner);
+    }
+}
+
+/// Staging memory, given back when dropped: nothing that uses it may be running then.
+struct Staging {
+    device: Arc<dyn Device>,
+    mem: Option<Mem>,
+}
+
+impl Staging {
+    fn new(device: Arc<dyn Device>, bytes: u64) -> Result<Staging> {
+        let mem = if bytes == 0 { None } else { Some(device.alloc(bytes as usize)?) };
+        Ok(Staging { device, mem })
+    }
+
+    /// `None`: none is needed.
+    fn mem(&self) -> Option<Mem> {
+        self.mem
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if let Some(mem) = self.mem.take() {
+            self.device.free(mem);
+        }
     }
 }
 

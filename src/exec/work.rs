@@ -115,7 +115,10 @@ pub enum Way<'a> {
         opened: &'a [(u32, Vec<u32>, Vec<Access>)],
     },
     /// In groups of messages of our own.
-    Group,
+    Group {
+        /// Whether a buffer's memory may be sent and received as it is, rather than through staging.
+        direct: &'a dyn Fn(u32) -> bool,
+    },
 }
 
 /// Rows of the owner's buffers that occur in the pieces of a pair, rising: what the owner offers and the reader expects.
@@ -154,7 +157,7 @@ pub fn build(
         work.bytes.received += received;
         let (mut pack, mut unpack) = (vec![], vec![]);
         match way {
-            Way::Group => (pack, unpack) = (out, into),
+            Way::Group { .. } => (pack, unpack) = (out, into),
             Way::Windows { windows, granted, opened } => {
                 let reads = |list: &[(u32, Vec<u32>, Vec<Access>)], p: &Piece| {
                     let found = list.binary_search_by_key(&peer.rank, |l| l.0).ok().and_then(|i| {
@@ -190,8 +193,8 @@ pub fn build(
             });
         }
     }
-    if matches!(way, Way::Group) {
-        work.group = Rounds::new(std::mem::take(&mut work.lanes));
+    if let Way::Group { direct } = way {
+        work.group = Rounds::new(std::mem::take(&mut work.lanes), direct);
     }
     work
 }

@@ -7,8 +7,9 @@ use super::write::{GrowingOut, Out, bytes};
 use super::{call, convert, last_error, logger, read};
 use crate::abi::*;
 use crate::comm::foreign::ForeignComm;
+use crate::comm::nccl::NcclComm;
 use crate::comm::{local, loopback};
-use crate::error::{Result, bail, status_name};
+use crate::error::status_name;
 use std::ffi::{c_char, c_void};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -25,8 +26,8 @@ use std::sync::Arc;
 /// - out: the new container, the caller's to destroy.
 ///
 /// Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
-/// config.device is not for), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset that are not
-/// bound).
+/// config.device is not for, no CUDA driver), RS_ERR_LAYOUT (tables that contradict themselves), RS_ERR_STATE (parameters of the preset
+/// that are not bound), RS_ERR_DEVICE and RS_ERR_MEMORY (of a GPU).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_create(
     config: *const rs_config_t,
@@ -93,7 +94,8 @@ pub unsafe extern "C" fn rs_container_import(container: *mut rs_container_t, blo
 
 /// Gives the container another layout: exactly one of layout and preset, the other is NULL. What rs_get_param() gave so far ends.
 ///
-/// Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. With other boxes
+/// Local. With the same boxes at other addresses that is all: the next sync tells the other ranks. (A GPU's old memory that processes of
+/// an rs_comm_local() read is theirs too until that sync has ended: free it then.) With other boxes, or on another device,
 /// rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
 /// the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
 ///
@@ -382,6 +384,10 @@ pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
 /// - local: copied, with its name.
 /// - out: the new communicator, the caller's to destroy.
 ///
+/// Weights on GPUs: both ends of a pair are on GPUs, the same or peers. Memory of cudaMalloc() is opened by its readers; others cannot open
+/// memory of PyTorch's expandable segments, of pools, or pinned host memory: connect refuses it. Free what peers read only when their
+/// containers are destroyed, have been rebound and synced, or their processes have ended.
+///
 /// Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
 /// already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
 /// ranks), RS_ERR_COMM.
@@ -414,6 +420,55 @@ pub unsafe extern "C" fn rs_comm_loopback(hub: u64, rank: i32, world: i32, out: 
     })
 }
 
+/// The engine's own NCCL communicator: ranks with a GPU each, on any hosts. The container's weights are in memory of its GPU.
+///
+/// - nccl_comm: an ncclComm_t of NCCL 2.18 or later, complete (ncclCommGetAsyncError() says ncclSuccess), made by the libnccl.so.2 that
+///   the process has loaded. Borrowed: it stays alive until the communicator made here is destroyed and the containers that use it are;
+///   nobody else uses it during collective calls of this library, whose NCCL operations are in the same order on all ranks.
+/// - out: the new communicator, the caller's to destroy.
+///
+/// A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
+/// library keeps what they use. End it with ncclCommAbort() before you free the weights. One that was made to block may also wait inside
+/// NCCL while connections to a peer are made, past every deadline.
+///
+/// Local. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no libnccl.so.2 in the process, too old), RS_ERR_COMM, RS_ERR_DEVICE,
+/// RS_ERR_MEMORY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_from_nccl(nccl_comm: *mut c_void, out: *mut *mut rs_comm_t) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let out = Out::new(out, "out")?;
+        out.put(CommHandle::create(Arc::new(NcclComm::borrow(nccl_comm)?)));
+        Ok(())
+    })
+}
+
+/// A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts it
+/// when a sync fails. NCCL is the libnccl.so.2 that the process has loaded, else the one that the dynamic loader finds.
+///
+/// - unique_id, id_len: the 128 bytes that ncclGetUniqueId() gave one rank, which has sent them to the others.
+/// - rank, world: this rank, from 0, and the number of ranks. The GPU is the one that is current on this thread (cudaSetDevice()).
+/// - out: the new communicator, the caller's to destroy.
+///
+/// Collective: waits until all ranks are there, at most a minute. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no NCCL, too
+/// old), RS_ERR_TIMEOUT, RS_ERR_COMM, RS_ERR_DEVICE, RS_ERR_MEMORY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_comm_nccl_init(
+    unique_id: *const c_void,
+    id_len: usize,
+    rank: i32,
+    world: i32,
+    out: *mut *mut rs_comm_t,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let (out, (rank, world)) = (Out::new(out, "out")?, convert::ranks(rank, world)?);
+        let id = read::list(unique_id.cast::<u8>(), id_len, "unique_id")?;
+        out.put(CommHandle::create(Arc::new(NcclComm::init(id, rank, world, convert::DEFAULT_TIMEOUT)?)));
+        Ok(())
+    })
+}
+
 /// The caller's own communicator, for ranks that nothing built in connects.
 ///
 /// - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's
@@ -429,13 +484,6 @@ pub unsafe extern "C" fn rs_comm_custom(ops: *const rs_comm_ops_t, out: *mut *mu
         out.put(CommHandle::create(Arc::new(ForeignComm::new(read::sized(ops, "ops")?)?)));
         Ok(())
     })
-}
-
-/// Reserved for the engine's own ncclComm_t: answers RS_ERR_UNSUPPORTED.
-#[unsafe(no_mangle)]
-#[allow(unused_variables)]
-pub unsafe extern "C" fn rs_comm_from_nccl(nccl_comm: *mut c_void, out: *mut *mut rs_comm_t) -> rs_status_t {
-    call(|| -> Result<()> { bail!(RS_ERR_UNSUPPORTED, "NCCL is not built yet: use rs_comm_local() or rs_comm_custom()") })
 }
 
 /// Gives the caller's reference back. The communicator ends with its last reference; containers hold their own. NULL is nothing.

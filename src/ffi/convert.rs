@@ -7,7 +7,7 @@ use crate::abi::*;
 use crate::comm::{Comm, local};
 use crate::container::{Config, FromSpec, Sync};
 use crate::device::foreign::ForeignDevice;
-use crate::device::{Device, Mem, host};
+use crate::device::{Device, Mem};
 use crate::error::{Result, bail, err};
 use crate::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::sync::Arc;
@@ -15,7 +15,8 @@ use std::time::Duration;
 
 /// Staging where a config gives none.
 pub const DEFAULT_STAGING: u64 = 256 << 20;
-const DEFAULT_TIMEOUT_MS: u32 = 60_000;
+/// The longest wait where the caller gives none.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const MOST_THREADS: u32 = 1024;
 
 /// One rank's checked tables, whoever wrote them.
@@ -31,7 +32,7 @@ pub struct Described {
 /// The tables of a layout or of a preset, one of which is NULL.
 ///
 /// # Safety
-/// As the header promises for both; the buffers' memory is what [`Mem::new`] wants.
+/// As the header promises for both; the buffers' memory is what [`Mem::of`] wants.
 pub unsafe fn described(tables: *const rs_layout_t, preset: *const rs_preset_t) -> Result<Described> {
     if tables.is_null() == preset.is_null() {
         let which = if preset.is_null() { "both are NULL" } else { "neither is NULL" };
@@ -56,7 +57,7 @@ pub unsafe fn described(tables: *const rs_layout_t, preset: *const rs_preset_t) 
 /// Tables checked row by row and as a whole, and the memory of each buffer.
 ///
 /// # Safety
-/// As the header promises for rs_layout_t; the buffers' memory is what [`Mem::new`] wants.
+/// As the header promises for rs_layout_t; the buffers' memory is what [`Mem::of`] wants.
 unsafe fn layout(layout: *const rs_layout_t) -> Result<(Layout, Vec<Mem>)> {
     // SAFETY: this function's promise, for the struct, its tables and their strings.
     unsafe {
@@ -127,45 +128,51 @@ pub fn axes(n: u32) -> Result<usize> {
 }
 
 /// # Safety
-/// As [`Mem::new`] for the row's memory.
+/// As [`Mem::of`] for the row's memory.
 unsafe fn memory(row: &BufferRow) -> Result<Mem> {
     let len = usize::try_from(row.bytes)
         .map_err(|_| err!(RS_ERR_INVALID, "buffer '{}': {} bytes are more than this process can address", row.name, row.bytes))?;
     // SAFETY: this function's promise; the address has its provenance exposed.
-    Ok(unsafe { Mem::new(std::ptr::with_exposed_provenance_mut(row.addr as usize), len) })
+    Ok(unsafe { Mem::of((row.device_type, row.device_id), std::ptr::with_exposed_provenance_mut(row.addr as usize), len) })
 }
 
-/// A config, the preset in it, and the caller's device, which a container that could not be made must not release.
+/// A config with the tables that it and `tables` give, and the caller's device, which a container that could not be made must not
+/// release.
 ///
 /// # Safety
-/// As the header promises for rs_config_t.
-pub unsafe fn config(config: *const rs_config_t) -> Result<(Config, *const rs_preset_t, Option<Arc<ForeignDevice>>)> {
+/// As the header promises for rs_config_t and rs_layout_t; the buffers' memory is what [`Mem::of`] wants.
+pub unsafe fn config(
+    config: *const rs_config_t,
+    tables: *const rs_layout_t,
+) -> Result<(Config, Described, Option<Arc<ForeignDevice>>)> {
     // SAFETY: this function's promise, for the struct and what it points to.
-    let (c, label, comm, foreign) = unsafe {
+    let (c, label, comm, foreign, tables) = unsafe {
         let c = sized(config, "config")?;
         let comm = if c.comm.is_null() { None } else { Some(CommHandle::share(c.comm)?) };
         let foreign =
             if c.device.is_null() { None } else { Some(Arc::new(ForeignDevice::new(sized(c.device, "config.device")?)?)) };
-        (c, optional_text(c.name, "config.name")?.unwrap_or_default(), comm, foreign)
+        let label = optional_text(c.name, "config.name")?.unwrap_or_default();
+        check(&c)?;
+        (c, label, comm, foreign, described(tables, c.preset)?)
     };
-    if c.abi != RS_ABI {
-        bail!(RS_ERR_INVALID, "config.abi is {}, it must be RS_ABI, {RS_ABI} in this library", c.abi);
-    }
-    flags(c.flags, 0, "config.flags")?;
-    let device: Arc<dyn Device> = match &foreign {
-        Some(device) => device.clone(),
-        None => Arc::new(host::HostDevice::new()),
-    };
+    let device = foreign.clone().map(|device| device as Arc<dyn Device>);
     let config = Config {
         label: label.to_string(),
         device,
         host_id: (c.host_id != 0).then_some(c.host_id),
         staging: if c.staging_bytes == 0 { DEFAULT_STAGING } else { c.staging_bytes },
         threads: threads(c.host_threads)?,
-        timeout: timeout(c.timeout_ms).unwrap_or(Duration::from_millis(DEFAULT_TIMEOUT_MS.into())),
+        timeout: timeout(c.timeout_ms).unwrap_or(DEFAULT_TIMEOUT),
         comm,
     };
-    Ok((config, c.preset, foreign))
+    Ok((config, tables, foreign))
+}
+
+fn check(c: &rs_config_t) -> Result<()> {
+    if c.abi != RS_ABI {
+        bail!(RS_ERR_INVALID, "config.abi is {}, it must be RS_ABI, {RS_ABI} in this library", c.abi);
+    }
+    flags(c.flags, 0, "config.flags")
 }
 
 fn threads(host_threads: u32) -> Result<usize> {
@@ -192,7 +199,7 @@ pub unsafe fn join_local(given: *const rs_comm_local_t) -> Result<Arc<dyn Comm>>
         f => bail!(RS_ERR_INVALID, "local.flags is {f:#x}, it must be 0, RS_LOCAL_READ (1) or RS_LOCAL_RING (2)"),
     };
     let (rank, world) = ranks(l.rank, l.world)?;
-    let timeout = timeout(l.timeout_ms).unwrap_or(Duration::from_millis(DEFAULT_TIMEOUT_MS.into()));
+    let timeout = timeout(l.timeout_ms).unwrap_or(DEFAULT_TIMEOUT);
     local::join(name, rank, world, timeout, force)
 }
 

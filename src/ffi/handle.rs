@@ -34,10 +34,7 @@ impl Handle {
     /// As the header promises for rs_container_create().
     pub unsafe fn create(config: *const rs_config_t, layout: *const rs_layout_t) -> Result<*mut rs_container_t> {
         // SAFETY: this function's promise.
-        let ((config, foreign), Described { layout, mems, chunks, spec }) = unsafe {
-            let (config, preset, foreign) = convert::config(config)?;
-            ((config, foreign), convert::described(layout, preset)?)
-        };
+        let (config, Described { layout, mems, chunks, spec }, foreign) = unsafe { convert::config(config, layout)? };
         let names = names(&layout)?;
         let container = Container::new(config, layout, mems, spec)?;
         let label = c_string(container.label())?;

@@ -60,8 +60,12 @@ fn null_everywhere() {
         rs_comm_destroy(null_mut());
         rs_mem_free(null_mut());
 
-        let unsupported = |status| fails(status, RS_ERR_UNSUPPORTED, &["not built yet"]);
-        unsupported(rs_comm_from_nccl(null_mut(), null_mut()));
+        invalid(rs_comm_from_nccl(null_mut(), null_mut()), "out");
+        invalid(rs_comm_from_nccl(null_mut(), &mut comm), "nccl_comm");
+        let id = [0u8; 128];
+        invalid(rs_comm_nccl_init(null(), 128, 0, 1, &mut comm), "unique_id");
+        invalid(rs_comm_nccl_init(id.as_ptr().cast(), 5, 0, 1, &mut comm), "id_len is 5");
+        invalid(rs_comm_nccl_init(id.as_ptr().cast(), 128, 1, 1, &mut comm), "rank 1");
         invalid(rs_container_rebind(c.0, &layout, ptr::without_provenance(8)), "neither is NULL");
         invalid(rs_container_rebind(c.0, null(), null()), "both are NULL");
 

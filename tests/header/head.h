@@ -54,10 +54,14 @@
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
  * happened to the other ranks.
  *
- * Streams. With weights on a device rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued on rs_sync_t.stream: the
- * stream's end means that this rank has landed, rs_container_poll() tells when all ranks have. On host memory it returns when done.
- * NULL is the device's default stream. This version waits for a caller's device (rs_device_t) inside the call too, and so never answers
- * RS_IN_PROGRESS; who polls while he gets it is ready for a version that does.
+ * Streams. With weights on a device, what is on rs_sync_t.stream before the call comes first: sources are read and targets written
+ * after it. rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued there: the stream's end means that this rank has landed,
+ * rs_container_poll() tells when all ranks have. On host memory it returns when done. NULL is the device's default stream. This version
+ * waits for the stream inside the call, and so never answers RS_IN_PROGRESS; who polls while he gets it is ready for one that does.
+ *
+ * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when the first of
+ * them is bound, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
+ * Each call leaves the thread the context that it had.
  *
  * Units and codes. Shapes, extents and strides count elements; offsets and sizes count bytes; timeouts milliseconds. Element types
  * and devices have DLPack's codes. Strings are UTF-8 and end with NUL. What is long or changes often is JSON.

@@ -1,9 +1,11 @@
 //! The library as a C caller sees it: rows of tables, handles, statuses and texts. Only the exported functions are used.
 
+use super::gpu::{self, Kind};
 use super::model::{Case, Rank};
+use super::nccl::{self, Lent};
 use reshard::abi::*;
 use reshard::ffi::api::*;
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{null, null_mut};
 
 /// A call that failed.
@@ -17,6 +19,14 @@ impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "status {}: {}", self.status, self.text)
     }
+}
+
+/// The status of a call that gives weights to the library; the thread's GPU context must be the one that it was before.
+fn restoring(call: impl FnOnce() -> rs_status_t) -> Result<(), Failure> {
+    let before = gpu::current();
+    let result = checked(call());
+    assert_eq!(gpu::current(), before, "another GPU context is current after the call");
+    result
 }
 
 /// The call's status; its text must be there where it failed.
@@ -50,7 +60,7 @@ unsafe impl Sync for Tables {}
 
 impl Tables {
     /// `address` gives each buffer's data pointer, by its row.
-    pub fn new(case: &Case, rank: &Rank, mut address: impl FnMut(usize) -> *mut u8) -> Tables {
+    pub fn new(case: &Case, rank: &Rank, (device_type, device_id): Kind, mut address: impl FnMut(usize) -> *mut u8) -> Tables {
         let mut names = Vec::new();
         let mut name = |text: &str| {
             names.push(CString::new(text).expect("no NUL in a name"));
@@ -65,8 +75,8 @@ impl Tables {
             name: name(&b.name),
             data: address(row).cast(),
             size_bytes: b.bytes as u64,
-            device_type: RS_DEVICE_CPU,
-            device_id: 0,
+            device_type,
+            device_id,
             role: b.role,
             flags: if b.padded { RS_BUFFER_PADDED } else { 0 },
             dtype: b.dtype,
@@ -135,6 +145,22 @@ impl Comm {
         Ok(Comm(out))
     }
 
+    /// For the GPU that is current.
+    pub fn nccl(id: &nccl::Id, rank: usize, world: usize) -> Result<Comm, Failure> {
+        let (id, mut out) = (nccl::bytes(id), null_mut());
+        // SAFETY: so many bytes of an id; `out` is a valid place for a handle.
+        checked(unsafe { rs_comm_nccl_init(id.as_ptr().cast(), id.len(), rank as i32, world as i32, &mut out) })?;
+        Ok(Comm(out))
+    }
+
+    /// `lent` outlives it and the containers that use it.
+    pub fn from_nccl(lent: &Lent) -> Result<Comm, Failure> {
+        let mut out = null_mut();
+        // SAFETY: a live communicator, by this function's contract; `out` is a valid place for a handle.
+        checked(unsafe { rs_comm_from_nccl(lent.raw(), &mut out) })?;
+        Ok(Comm(out))
+    }
+
     /// `ops` comes from [`super::mailbox::Hub::ops`].
     pub fn custom(ops: &rs_comm_ops_t) -> Result<Comm, Failure> {
         let mut out = null_mut();
@@ -152,7 +178,15 @@ impl Drop for Comm {
 }
 
 /// A container handle.
-pub struct Container(*mut rs_container_t);
+pub struct Container {
+    handle: *mut rs_container_t,
+    /// Where its syncs are put.
+    pub stream: *mut c_void,
+    /// The GPU that copies.
+    pub gpu: Option<i32>,
+    /// Of its syncs; 0: that of its creation.
+    pub timeout_ms: u32,
+}
 
 // SAFETY: the header lets a handle be used from any thread, one at a time.
 unsafe impl Send for Container {}
@@ -207,23 +241,23 @@ impl Container {
         };
         let mut out = null_mut();
         // SAFETY: whole structs; the tables' memory outlives the container by the test's order of drops.
-        checked(unsafe { rs_container_create(&config, &tables.layout(), &mut out) })?;
-        Ok(Container(out))
+        restoring(|| unsafe { rs_container_create(&config, &tables.layout(), &mut out) })?;
+        Ok(Container { handle: out, stream: null_mut(), gpu: None, timeout_ms: 0 })
     }
 
     pub fn connect(&mut self) -> Result<(), Failure> {
         // SAFETY: the handle is live.
-        checked(unsafe { rs_container_connect(self.0) })
+        restoring(|| unsafe { rs_container_connect(self.handle) })
     }
 
     pub fn rebind(&mut self, tables: &Tables) -> Result<(), Failure> {
         // SAFETY: the handle is live, the struct whole, and the memory outlives the container by the test's order of drops.
-        checked(unsafe { rs_container_rebind(self.0, &tables.layout(), null()) })
+        restoring(|| unsafe { rs_container_rebind(self.handle, &tables.layout(), null()) })
     }
 
     pub fn set_comm(&mut self, comm: &Comm) -> Result<(), Failure> {
         // SAFETY: both handles are live.
-        checked(unsafe { rs_container_set_comm(self.0, comm.0) })
+        checked(unsafe { rs_container_set_comm(self.handle, comm.0) })
     }
 
     /// A sync of the names in `only`, or of everything; the library must be done when it returns.
@@ -232,33 +266,33 @@ impl Container {
         let pointers: Vec<*const c_char> = names.iter().map(|n| n.as_ptr()).collect();
         let request = rs_sync_t {
             struct_size: size_of::<rs_sync_t>(),
-            stream: null_mut(),
+            stream: self.stream,
             version,
             only: if only.is_some() { pointers.as_ptr() } else { null() },
             only_count: pointers.len(),
-            timeout_ms: 0,
+            timeout_ms: self.timeout_ms,
             flags: 0,
             progress: None,
             progress_user: null_mut(),
         };
         // SAFETY: the handle is live, the struct whole, and the names live during the call.
-        checked(unsafe { rs_sync_weights(self.0, &request) })
+        restoring(|| unsafe { rs_sync_weights(self.handle, &request) })
     }
 
     /// What may end a call of this container from another thread, while the container lives.
     pub fn aborter(&self) -> Aborter {
-        Aborter(self.0)
+        Aborter(self.handle)
     }
 
     pub fn param(&self, name: &str) -> Result<Param, Failure> {
         let name = CString::new(name).expect("no NUL");
         // SAFETY: the handle is live, the name NUL-terminated, `out` whole.
-        Param::told(|out| unsafe { rs_get_param(self.0, name.as_ptr(), out) })
+        Param::told(|out| unsafe { rs_get_param(self.handle, name.as_ptr(), out) })
     }
 
     pub fn param_at(&self, row: usize) -> Result<Param, Failure> {
         // SAFETY: the handle is live, `out` whole.
-        Param::told(|out| unsafe { rs_get_param_at(self.0, row, out) })
+        Param::told(|out| unsafe { rs_get_param_at(self.handle, row, out) })
     }
 
     /// The plan, or of one parameter who sends each box, as JSON.
@@ -270,7 +304,7 @@ impl Container {
         loop {
             // SAFETY: the handle is live, `text` has `capacity` bytes to write and `len` is a valid place.
             let status = unsafe {
-                rs_container_describe(self.0, RS_DESCRIBE_PLAN, name, text.as_mut_ptr().cast(), text.capacity(), &mut len)
+                rs_container_describe(self.handle, RS_DESCRIBE_PLAN, name, text.as_mut_ptr().cast(), text.capacity(), &mut len)
             };
             if status != RS_ERR_TOO_SMALL {
                 checked(status)?;
@@ -287,6 +321,6 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         // SAFETY: the handle is live and dropped once.
-        unsafe { rs_container_destroy(self.0) }
+        unsafe { rs_container_destroy(self.handle) }
     }
 }

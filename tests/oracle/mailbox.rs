@@ -1,6 +1,7 @@
 //! A communicator of the caller's own, between threads: it sees every byte, delivers late and in any order that the header allows, and
 //! notes every misuse.
 
+use super::gpu;
 use reshard::abi::*;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
@@ -183,8 +184,9 @@ impl End {
         if let Some(last) = inner.sends.last().map(|op| op.peer) {
             let first = inner.sends.iter().position(|op| op.peer == last).expect("it is there");
             let op = inner.sends.remove(first);
+            let mut bytes = vec![0; op.bytes];
             // SAFETY: the library promises the bytes it sends until this function says RS_OK.
-            let bytes = unsafe { std::slice::from_raw_parts(op.data, op.bytes) }.to_vec();
+            unsafe { gpu::read(op.data, &mut bytes) };
             *state.tally.bytes.entry((self.rank, op.peer)).or_default() += op.bytes as u64;
             state.tally.longest = state.tally.longest.max(op.bytes as u64);
             state.wires.entry((self.rank, op.peer)).or_default().push_back(bytes);
@@ -202,7 +204,7 @@ impl End {
                 return self.fault(format!("expects {} bytes from rank {} that sent {}", op.bytes, op.peer, bytes.len()));
             }
             // SAFETY: the library promises the memory it receives into until this function says RS_OK.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), op.data, op.bytes) };
+            unsafe { gpu::write(op.data, &bytes) };
         }
         inner.recvs = waiting;
         if inner.sends.is_empty() && inner.recvs.is_empty() { RS_OK } else { RS_IN_PROGRESS }

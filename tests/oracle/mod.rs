@@ -2,10 +2,12 @@
 
 pub mod breakage;
 pub mod generate;
+pub mod gpu;
 pub mod library;
 pub mod mailbox;
 pub mod model;
 pub mod naive;
+pub mod nccl;
 pub mod place;
 pub mod plans;
 pub mod run;

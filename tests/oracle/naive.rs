@@ -21,12 +21,19 @@ pub enum Slip {
 
 /// Moves all elements into `memories`; a `slip` happens on the last rank that has a target.
 pub fn move_all(case: &Case, memories: &mut [Memory], slip: Slip) {
+    let mut images: Vec<Vec<u8>> = memories.iter().map(Memory::bytes).collect();
+    move_in(case, memories, &mut images, slip);
+    memories.iter_mut().zip(&images).for_each(|(memory, image)| memory.write(image));
+}
+
+/// The same in arenas laid out as `memories`.
+fn move_in(case: &Case, memories: &[Memory], images: &mut [Vec<u8>], slip: Slip) {
     let mut homes: Vec<Vec<Option<Vec<u8>>>> = case.tensors.iter().map(|t| vec![None; t.len()]).collect();
     for (r, rank) in case.ranks.iter().enumerate() {
         for tile in rank.tiles_of(RS_SOURCE) {
             let (item, start) = (case.tensors[tile.tensor].item(), memories[r].start(rank, tile.buffer));
             for (e, byte) in tile.elements(item) {
-                let value = || case.tensors[tile.tensor].arrived(&memories[r].bytes()[start + byte..start + byte + item]);
+                let value = || case.tensors[tile.tensor].arrived(&images[r][start + byte..start + byte + item]);
                 homes[tile.tensor][e].get_or_insert_with(value);
             }
         }
@@ -47,14 +54,14 @@ pub fn move_all(case: &Case, memories: &mut [Memory], slip: Slip) {
     }
     for (r, at, tensor, e) in moves {
         let value = homes[tensor][e].as_ref().expect("a valid case has a source for each element");
-        memories[r].bytes_mut()[at..at + value.len()].copy_from_slice(value);
+        images[r][at..at + value.len()].copy_from_slice(value);
     }
     let (role, past) = if slip == Slip::Spills { (RS_TARGET, true) } else { (RS_SOURCE, false) };
     if slip == Slip::Spills || slip == Slip::Scribbles {
         for (r, rank) in case.ranks.iter().enumerate() {
             if let Some(b) = rank.buffers.iter().position(|b| b.role & role != 0) {
                 let at = memories[r].start(rank, b) + if past { rank.buffers[b].bytes } else { 0 };
-                memories[r].bytes_mut()[at] ^= 0x5A;
+                images[r][at] ^= 0x5A;
                 return;
             }
         }

@@ -65,7 +65,7 @@ pub fn check(case: &Case, containers: &[Container], boxes: bool) -> Result<(), S
             return fail("its sums are not those of its peers".into());
         }
         if boxes {
-            check_boxes(case, r, &containers[r])?;
+            check_boxes(case, r, containers)?;
         }
     }
     match pairs.into_iter().find(|(_, [out, into])| out != into) {
@@ -107,9 +107,10 @@ fn shared_bytes(case: &Case, rank: usize) -> u64 {
     shared.map(|(_, (t, _))| case.tensors[t].item() as u64).sum()
 }
 
-/// Each element of each target has one sender, which holds it: this rank if it can, else one of the same host if one can. A second
-/// tile of an element that came from afar is filled from the first.
-fn check_boxes(case: &Case, rank: usize, container: &Container) -> Result<(), String> {
+/// Each element of each target has one sender, which holds it: this rank if it can, else one of the same GPU, else one of the same host
+/// if one can. A second tile of an element that came from afar is filled from the first.
+fn check_boxes(case: &Case, rank: usize, containers: &[Container]) -> Result<(), String> {
+    let container = &containers[rank];
     let sources: Vec<Vec<Vec<u32>>> = (0..case.ranks.len()).map(|r| held(case, r, RS_SOURCE)).collect();
     let host = |r: usize| case.ranks[r].host;
     let mut came: HashMap<(usize, usize), u32> = HashMap::new();
@@ -154,7 +155,12 @@ fn check_boxes(case: &Case, rank: usize, container: &Container) -> Result<(), St
             for e in elements {
                 *left.entry((t, e)).or_default() -= 1;
                 let has = |r: usize| sources[r][t][e] > 0;
-                let near = |r: usize| if r == rank { 0 } else { 1 + u32::from(host(r) != host(rank)) };
+                let gpu = |r: usize| containers[r].gpu.filter(|_| containers[r].gpu == containers[rank].gpu);
+                let near = |r: usize| match gpu(r) {
+                    _ if r == rank => 0,
+                    Some(_) => 1,
+                    None => 2 + u32::from(host(r) != host(rank)),
+                };
                 let nearest = (0..case.ranks.len()).filter(|&r| has(r)).map(near).min();
                 if !double && (!has(from) || nearest != Some(near(from))) {
                     return fail(format!("element {e} of {} comes from rank {from}", entry["tensor"]));

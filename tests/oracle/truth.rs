@@ -1,5 +1,6 @@
 //! What must be: memory full of poison, the values of the sources in it, and, element by element, what a sync may change.
 
+use super::gpu::{Block, HOST, Kind};
 use super::model::{Case, Rank, item, mix};
 use reshard::abi::{RS_SOURCE, RS_TARGET};
 
@@ -48,13 +49,13 @@ pub fn lower_bound(case: &Case, rank: usize, only: &[bool]) -> u64 {
 
 /// One rank's memory: its blocks in an arena, with poison around and in them.
 pub struct Memory {
-    bytes: Vec<u8>,
+    block: Block,
     starts: Vec<usize>,
 }
 
 impl Memory {
     /// Blocks of the given sizes, in an order and at distances that follow from `seed`.
-    pub fn new(blocks: &[usize], seed: u64) -> Memory {
+    pub fn new(kind: Kind, blocks: &[usize], seed: u64) -> Memory {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut order: Vec<usize> = (0..blocks.len()).collect();
         rng.shuffle(&mut order);
@@ -63,25 +64,38 @@ impl Memory {
             starts[b] = end;
             end = (end + blocks[b] + rng.usize(16..64)).next_multiple_of(16);
         }
-        // Vec<u128> would align the arena; the system's allocator aligns to 16 already.
-        let bytes = (0..end + 32).map(|i| mix(seed ^ i as u64) as u8).collect();
-        Memory { bytes, starts }
+        let bytes: Vec<u8> = (0..end + 32).map(|i| mix(seed ^ i as u64) as u8).collect();
+        Memory { block: Block::new(kind, &bytes), starts }
     }
 
     /// Address of a byte of a block; what lies there belongs to the library until the ranks' threads have been joined.
     pub fn address(&mut self, block: usize, at: usize) -> *mut u8 {
-        let start = self.starts[block];
-        self.bytes[start + at..].as_mut_ptr()
+        self.block.at(self.starts[block] + at)
+    }
+
+    /// Where it lies.
+    pub fn kind(&self) -> Kind {
+        self.block.kind()
+    }
+
+    /// The GPU that copies from and to it.
+    pub fn gpu(&self) -> Option<i32> {
+        (self.kind() != HOST).then_some(self.kind().1)
+    }
+
+    /// For syncs of it.
+    pub fn stream(&self) -> *mut std::ffi::c_void {
+        self.block.stream()
     }
 
     /// All of it.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+    pub fn bytes(&self) -> Vec<u8> {
+        self.block.read()
     }
 
-    /// All of it, to write.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes
+    /// Other bytes, as many.
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.block.write(bytes);
     }
 
     /// Where a buffer starts in `bytes`.
@@ -104,10 +118,10 @@ pub fn write(case: &Case, rank: usize, role: u32, only: &[bool], version: u64, m
 
 /// Compares an arena with what it must be; the text names the first byte that differs and whose it is.
 pub fn compare(case: &Case, rank: usize, memory: &Memory, expected: &[u8]) -> Result<(), String> {
-    let Some(byte) = memory.bytes().iter().zip(expected).position(|(a, b)| a != b) else { return Ok(()) };
-    let wrong = memory.bytes().iter().zip(expected).filter(|(a, b)| a != b).count();
-    let mut text =
-        format!("rank {rank}: {wrong} bytes differ; byte {byte} is {} and must be {}", memory.bytes()[byte], expected[byte]);
+    let now = memory.bytes();
+    let Some(byte) = now.iter().zip(expected).position(|(a, b)| a != b) else { return Ok(()) };
+    let wrong = now.iter().zip(expected).filter(|(a, b)| a != b).count();
+    let mut text = format!("rank {rank}: {wrong} bytes differ; byte {byte} is {} and must be {}", now[byte], expected[byte]);
     let owner = &case.ranks[rank];
     for (b, buffer) in owner.buffers.iter().enumerate() {
         let start = memory.start(owner, b);

@@ -1,8 +1,10 @@
 //! The ranks of a case at work in the library, every rank a thread, and comparisons of each byte they have.
 
+use super::gpu;
 use super::library::{Comm, Container, Failure, Tables};
 use super::mailbox::{Hub, Tally};
 use super::model::Case;
+use super::nccl::{self, Lent, Maker};
 use super::plans;
 use super::truth::{Memory, compare, lower_bound, write};
 use super::views::chance;
@@ -19,7 +21,9 @@ pub struct World<'a> {
     pub case: &'a Case,
     pub containers: Vec<Container>,
     comms: Vec<Comm>,
-    wire: Wire,
+    /// What they borrow.
+    pub lent: Vec<Lent>,
+    pub wire: Wire,
     pub hub: Option<Arc<Hub>>,
     pub memories: Vec<Memory>,
     /// Memory that a rebind left, as it was then.
@@ -37,46 +41,69 @@ pub enum Wire {
     Custom,
     /// The one for processes of a host, here all one process, with these RS_LOCAL_* flags.
     Local(u32),
+    /// NCCL's, by whom it is made.
+    Nccl(Maker),
 }
 
 impl Wire {
     pub fn any(rng: &mut Rng) -> Wire {
         match rng.u32(0..100) {
+            // Moves host memory only.
+            0..3 if gpu::wanted() => Wire::Loopback,
             0..3 => Wire::Local(*rng.choice(&[0, RS_LOCAL_READ, RS_LOCAL_RING]).expect("not empty")),
+            3..20 if nccl::usable() => Wire::Nccl(Maker::Library),
+            20..26 if nccl::usable() => Wire::Nccl(Maker::Test { blocks: true }),
+            26..32 if nccl::usable() => Wire::Nccl(Maker::Test { blocks: false }),
             3..50 => Wire::Loopback,
             _ => Wire::Custom,
         }
     }
 }
 
-/// A communicator for each rank.
-fn communicators(world: usize, wire: Wire) -> (Vec<Comm>, Option<Arc<Hub>>) {
+/// A communicator for each rank, whose weights lie in this memory.
+fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Option<Arc<Hub>>) {
     static RUNS: AtomicU64 = AtomicU64::new(1);
+    let world = memories.len();
     let (number, hub) = (RUNS.fetch_add(1, Ordering::Relaxed), Hub::new(world));
-    let comm = |r: usize| match wire {
-        Wire::Loopback => Comm::loopback(number, r, world),
-        Wire::Custom => Comm::custom(&hub.ops(r)),
-        Wire::Local(flags) => Comm::local(&format!("properties {} {number}", std::process::id()), r, world, flags, TIMEOUT_MS),
+    let id = matches!(wire, Wire::Nccl(_)).then(nccl::id);
+    let comm = |r: usize| match (wire, id) {
+        (Wire::Nccl(maker), Some(id)) => gpu::on(memories[r].kind().1, || match maker {
+            Maker::Library => (None, Comm::nccl(&id, r, world)),
+            Maker::Test { blocks } => {
+                let lent = Lent::new(id, r, world, blocks);
+                let comm = Comm::from_nccl(&lent);
+                (Some(lent), comm)
+            }
+        }),
+        (Wire::Custom, _) => (None, Comm::custom(&hub.ops(r))),
+        (Wire::Local(flags), _) => {
+            (None, Comm::local(&format!("properties {} {number}", std::process::id()), r, world, flags, TIMEOUT_MS))
+        }
+        _ => (None, Comm::loopback(number, r, world)),
     };
-    let comms = std::thread::scope(|scope| {
+    let (lent, comms): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {
         let comm = &comm;
         let threads: Vec<_> = (0..world).map(|r| scope.spawn(move || comm(r))).collect();
-        let ends = threads.into_iter().map(|t| t.join().expect("no panic"));
-        ends.enumerate().map(|(r, end)| end.unwrap_or_else(|e| panic!("rank {r}: {wire:?}: {e}"))).collect()
+        threads.into_iter().map(|t| t.join().expect("no panic")).unzip()
     });
-    (comms, (wire == Wire::Custom).then_some(hub))
+    let comms = comms.into_iter().enumerate().map(|(r, end)| end.unwrap_or_else(|e| panic!("rank {r}: {wire:?}: {e}")));
+    (lent.into_iter().flatten().collect(), comms.collect(), (wire == Wire::Custom).then_some(hub))
 }
 
 /// Makes the containers of all ranks. Ranks whose tables are refused give a failure.
 pub fn open<'a>(case: &'a Case, rng: &mut Rng, wire: Wire) -> Result<World<'a>, Vec<(usize, Failure, Unmoved)>> {
-    let (comms, hub) = communicators(case.ranks.len(), wire);
-    let mut memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(&r.blocks, rng.u64(..))).collect();
+    let mut memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(gpu::kind(rng), &r.blocks, rng.u64(..))).collect();
+    let (lent, comms, hub) = communicators(&memories, wire);
     let (mut containers, mut refused) = (Vec::new(), Vec::new());
     for (r, (rank, memory)) in case.ranks.iter().zip(&mut memories).enumerate() {
-        let before = memory.bytes().to_vec();
-        let tables = Tables::new(case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
+        let before = memory.bytes();
+        let tables = Tables::new(case, rank, memory.kind(), |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
         match Container::create(rank, &tables, &comms[r], TIMEOUT_MS) {
-            Ok(container) => containers.push(container),
+            Ok(mut container) => {
+                container.stream = memory.stream();
+                container.gpu = memory.gpu();
+                containers.push(container);
+            }
             Err(failure) => refused.push((r, failure, Unmoved(memory.bytes() == before))),
         }
     }
@@ -84,7 +111,7 @@ pub fn open<'a>(case: &'a Case, rng: &mut Rng, wire: Wire) -> Result<World<'a>, 
         return Err(refused);
     }
     let versions = case.ranks.iter().map(|r| vec![Some(0); r.buffers.len()]).collect();
-    Ok(World { case, containers, comms, wire, hub, memories, retired: Vec::new(), versions })
+    Ok(World { case, containers, comms, lent, wire, hub, memories, retired: Vec::new(), versions })
 }
 
 /// Whether a refused rank's memory is as it was.
@@ -95,7 +122,12 @@ impl<'a> World<'a> {
     pub fn all<T: Send>(&mut self, call: impl Fn(usize, &mut Container) -> T + Sync) -> Vec<T> {
         std::thread::scope(|scope| {
             let call = &call;
-            let threads: Vec<_> = self.containers.iter_mut().enumerate().map(|(r, c)| scope.spawn(move || call(r, c))).collect();
+            let threads: Vec<_> = self
+                .containers
+                .iter_mut()
+                .enumerate()
+                .map(|(r, c)| scope.spawn(move || gpu::as_some_thread(r, || call(r, c))))
+                .collect();
             threads.into_iter().map(|t| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
         })
     }
@@ -113,16 +145,16 @@ impl<'a> World<'a> {
     pub fn publish(&mut self, version: u64) {
         let all = vec![true; self.case.tensors.len()];
         for r in 0..self.memories.len() {
-            let mut image = self.memories[r].bytes().to_vec();
+            let mut image = self.memories[r].bytes();
             write(self.case, r, RS_SOURCE, &all, version, &self.memories[r], &mut image);
-            self.memories[r].bytes_mut().copy_from_slice(&image);
+            self.memories[r].write(&image);
         }
     }
 
     /// What every rank's memory must be after a sync of `only`, by tensor, at `version`.
     pub fn expected(&self, only: &[bool], version: u64) -> Vec<Vec<u8>> {
         let image = |(r, memory): (usize, &Memory)| {
-            let mut image = memory.bytes().to_vec();
+            let mut image = memory.bytes();
             write(self.case, r, RS_TARGET, only, version, memory, &mut image);
             image
         };
@@ -218,11 +250,12 @@ impl<'a> World<'a> {
             if !chance(rng, 60) {
                 continue;
             }
-            let mut memory = Memory::new(&rank.blocks, rng.u64(..));
-            let tables = Tables::new(self.case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
+            let mut memory = Memory::new(self.memories[r].kind(), &rank.blocks, rng.u64(..));
+            let tables = Tables::new(self.case, rank, memory.kind(), |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
             self.containers[r].rebind(&tables).map_err(|e| format!("rank {r}: rebind to other addresses: {e}"))?;
+            self.containers[r].stream = memory.stream();
             let old = std::mem::replace(&mut self.memories[r], memory);
-            let was = old.bytes().to_vec();
+            let was = old.bytes();
             self.retired.push((self.case, r, old, was));
             self.versions[r].fill(None);
             moved.push(r);
@@ -233,18 +266,20 @@ impl<'a> World<'a> {
     /// A rank's rows of another case that lies in the memory of this one.
     pub fn tables_of(&mut self, case: &Case, r: usize) -> Tables {
         let (rank, memory) = (&case.ranks[r], &mut self.memories[r]);
-        Tables::new(case, rank, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at))
+        Tables::new(case, rank, memory.kind(), |b| memory.address(rank.buffers[b].block, rank.buffers[b].at))
     }
 
     /// All ranks give other tables, in other memory, and connect again.
     pub fn rebuild(&mut self, case: &'a Case, rng: &mut Rng) -> Result<(), String> {
-        let memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(&r.blocks, rng.u64(..))).collect();
+        let fresh = |(rank, old): (&super::model::Rank, &Memory)| Memory::new(old.kind(), &rank.blocks, rng.u64(..));
+        let memories: Vec<Memory> = case.ranks.iter().zip(&self.memories).map(fresh).collect();
         for (r, old) in std::mem::replace(&mut self.memories, memories).into_iter().enumerate() {
-            let was = old.bytes().to_vec();
+            let was = old.bytes();
             self.retired.push((self.case, r, old, was));
         }
         let tables: Vec<Tables> = (0..case.ranks.len()).map(|r| self.tables_of(case, r)).collect();
         self.all_ok("rebind to other boxes", |r, c| c.rebind(&tables[r]))?;
+        self.containers.iter_mut().zip(&self.memories).for_each(|(c, memory)| c.stream = memory.stream());
         self.case = case;
         self.versions = case.ranks.iter().map(|r| vec![Some(0); r.buffers.len()]).collect();
         self.all_ok("connect again", |_, c| c.connect())
@@ -252,16 +287,18 @@ impl<'a> World<'a> {
 
     /// New communicators for containers whose old ones failed, and a new connect.
     pub fn renew(&mut self) -> Result<(), String> {
-        let (comms, hub) = communicators(self.case.ranks.len(), self.wire);
+        self.lent.iter_mut().for_each(Lent::abort);
+        let (lent, comms, hub) = communicators(&self.memories, self.wire);
         self.all_ok("set_comm", |r, c| c.set_comm(&comms[r]))?;
-        (self.comms, self.hub) = (comms, hub);
+        (self.comms, self.lent, self.hub) = (comms, lent, hub);
         self.all_ok("connect after a failure", |_, c| c.connect())
     }
 
     /// The end of all handles; the caller's communicators must have been released, each once.
     pub fn close(self) -> Result<(), String> {
-        let World { containers, comms, hub, case, .. } = self;
+        let World { containers, comms, hub, case, lent, .. } = self;
         drop((comms, containers));
+        drop(lent);
         let released = hub.map_or(case.ranks.len(), |hub| hub.take().released);
         if released == case.ranks.len() {
             Ok(())

@@ -10,14 +10,17 @@ use super::sys::Mapping;
 use super::{Force, vmread};
 use crate::abi::*;
 use crate::comm::{Access, Deadline, Opened, Window};
-use crate::device::Mem;
+use crate::device::{self, Export, HANDLE, Mem};
 use crate::error::{Error, Result, bail, err};
 use crate::geom::StridedCopy;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes of a block in an offer: address, length, segment (1-based; 0: none), place in it.
-const BLOCK: usize = 32;
+/// Bytes of a block in an offer: address, length, segment (1-based; 0: none; [`EXPORTED`]), place in it or in the exported allocation,
+/// DLPack's device type and id, handle of the export.
+const BLOCK: usize = 40 + HANDLE;
+/// In the place of a segment: device memory with a handle.
+const EXPORTED: u64 = u64::MAX;
 
 /// The segments of other ranks that this rank maps, with their owners.
 #[derive(Debug, Default)]
@@ -30,22 +33,28 @@ struct Offer {
 }
 
 impl Offer {
-    fn new(blocks: &[Mem]) -> Offer {
+    fn new(blocks: &[Mem]) -> Result<Offer> {
         let mut offer = Offer { bytes: Vec::with_capacity(blocks.len() * BLOCK), segments: vec![] };
-        for &block in blocks {
-            let (mut number, mut place) = (0, 0);
-            if let Some((segment, offset)) = segment::find(block) {
+        for (&block, export) in blocks.iter().zip(device::export(blocks)?) {
+            let (mut number, mut place, mut handle) = (0, 0, [0; HANDLE]);
+            if let Some(export) = export {
+                (number, place, handle) = (EXPORTED, export.offset, export.handle);
+            } else if let Some((segment, offset)) = segment::find(block) {
                 place = offset;
                 let known = offer.segments.iter().rposition(|s| Arc::ptr_eq(s, &segment));
-                number = 1 + known.unwrap_or_else(|| {
+                let at = known.unwrap_or_else(|| {
                     offer.segments.push(segment);
                     offer.segments.len() - 1
                 });
+                number = 1 + at as u64;
             }
-            let words = [block.addr() as u64, block.len() as u64, number as u64, place];
+            let (kind, id) = block.kind();
+            let kind = u64::from(kind as u32) | u64::from(id as u32) << 32;
+            let words = [block.addr() as u64, block.len() as u64, number, place, kind];
             offer.bytes.extend(words.iter().flat_map(|w| w.to_ne_bytes()));
+            offer.bytes.extend(handle);
         }
-        offer
+        Ok(offer)
     }
 }
 
@@ -55,6 +64,15 @@ struct Block {
     len: u64,
     segment: Option<usize>,
     place: usize,
+    kind: (i32, i32),
+    export: Option<Export>,
+}
+
+impl Block {
+    fn in_this_process(&self) -> Mem {
+        // SAFETY: memory of a rank in this process, which it offers until an exchange without it; copied as any other rank's.
+        unsafe { Mem::of(self.kind, std::ptr::with_exposed_provenance_mut(self.addr as usize), self.len as usize) }
+    }
 }
 
 fn blocks(frame: &Frame) -> Option<Vec<Block>> {
@@ -63,7 +81,17 @@ fn blocks(frame: &Frame) -> Option<Vec<Block>> {
     }
     let parse = |b: &[u8]| {
         let word = |i: usize| b[8 * i..8 * i + 8].try_into().map_or(0, u64::from_ne_bytes);
-        let block = Block { addr: word(0), len: word(1), segment: (word(2) as usize).checked_sub(1), place: word(3) as usize };
+        let (len, place) = (word(1), word(3));
+        let exported = word(2) == EXPORTED;
+        let handle = || b[40..].try_into().unwrap_or([0; HANDLE]);
+        let block = Block {
+            addr: word(0),
+            len,
+            segment: if exported { None } else { (word(2) as usize).checked_sub(1) },
+            place: place as usize,
+            kind: (word(4) as i32, (word(4) >> 32) as i32),
+            export: exported.then(|| Export { handle: handle(), offset: place, len }),
+        };
         block.addr.checked_add(block.len)?;
         let inside = match block.segment {
             None => true,
@@ -84,7 +112,7 @@ pub fn exchange(
     deadline: Deadline,
 ) -> Result<Opened> {
     let readers: Vec<u32> = offers.iter().map(|o| o.0).collect();
-    let made: Vec<Offer> = offers.iter().map(|o| Offer::new(&o.1)).collect();
+    let made: Vec<Offer> = offers.iter().map(|o| Offer::new(&o.1)).collect::<Result<_>>().map_err(|e| mesh.fail(e))?;
     let memory: Vec<Vec<BorrowedFd<'_>>> = made.iter().map(|o| o.segments.iter().map(|s| s.file()).collect()).collect();
     let letters = made.iter().zip(&memory).map(|(o, memory)| Letter { kind: Kind::Offer, bytes: &o.bytes, memory });
     let out: Vec<_> = readers.iter().copied().zip(letters).collect();
@@ -97,10 +125,14 @@ pub fn exchange(
             return Err(mesh.fail(err!(RS_ERR_COMM, "{} offered blocks outside of its memory", mesh.who(owner))));
         };
         let bases = mapped.keep(owner, frame.memory, &blocks);
+        let here = mesh.link(owner)?.socket.peer.pid == std::process::id() as i32;
         let mut list = Vec::with_capacity(blocks.len());
         for b in blocks {
             list.push(match b.segment.map(|s| &bases[s]) {
                 Some(base) => Window::Mapped(base.block(b.place, b.len as usize)),
+                // A process does not open its own memory.
+                None if here && b.kind.0 != RS_DEVICE_CPU => Window::Mapped(b.in_this_process()),
+                None if b.kind.0 != RS_DEVICE_CPU => b.export.map_or(Window::Sent, Window::Exported),
                 None if force == Some(Force::Read) => match probe(mesh, owner, b.addr, b.len) {
                     Ok(()) => Window::Remote { addr: b.addr, len: b.len },
                     Err(e) => {

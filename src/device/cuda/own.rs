@@ -1,0 +1,101 @@
+//! Streams and pinned memory of the library's own, given back when dropped.
+
+use super::gpu::Gpu;
+use crate::abi::*;
+use crate::device::{Mem, Stream};
+use crate::error::{Result, bail};
+use cudarc::driver::sys::{self, CUstream};
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+/// A stream that does not wait for the default stream.
+pub struct OwnStream {
+    gpu: Arc<Gpu>,
+    stream: CUstream,
+}
+
+// SAFETY: as for `Gpu`.
+unsafe impl Send for OwnStream {}
+// SAFETY: as for `Gpu`.
+unsafe impl Sync for OwnStream {}
+
+impl OwnStream {
+    /// Of a GPU.
+    pub fn new(gpu: &Arc<Gpu>) -> Result<OwnStream> {
+        let _current = gpu.current()?;
+        let mut stream = ptr::null_mut();
+        // SAFETY: writes its one result.
+        let answer = unsafe { (gpu.api.cuStreamCreate)(&mut stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32) };
+        gpu.api.done("cuStreamCreate", answer)?;
+        Ok(OwnStream { gpu: gpu.clone(), stream })
+    }
+
+    /// As work is put on it.
+    pub fn raw(&self) -> Stream {
+        self.stream.expose_provenance()
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        if let Some(_current) = self.gpu.current_again() {
+            // SAFETY: made by `new`; what is on it, the driver still finishes.
+            unsafe { (self.gpu.api.cuStreamDestroy_v2)(self.stream) };
+        }
+    }
+}
+
+/// Host memory that a GPU reads and writes.
+pub struct Pinned {
+    gpu: Arc<Gpu>,
+    mem: Mem,
+}
+
+impl Pinned {
+    /// So many bytes, for all GPUs.
+    pub fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Pinned> {
+        let _current = gpu.current()?;
+        let mut at = ptr::null_mut();
+        // SAFETY: writes its one result.
+        let answer = unsafe { (gpu.api.cuMemHostAlloc)(&mut at, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
+        gpu.api.done("cuMemHostAlloc", answer)?;
+        // SAFETY: an allocation of so many bytes, until `drop`.
+        let mem = unsafe { Mem::of((RS_DEVICE_CUDA_HOST, gpu.ordinal), at.cast(), bytes) };
+        Ok(Pinned { gpu: gpu.clone(), mem })
+    }
+
+    /// As it is named in copies.
+    pub fn mem(&self) -> Mem {
+        self.mem
+    }
+
+    /// Writes its first bytes. No copy from it may be under way.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > self.mem.len() {
+            bail!(RS_ERR_INTERNAL, "{} bytes to {} of pinned memory", bytes.len(), self.mem.len());
+        }
+        // SAFETY: inside the allocation, which is host memory of our own.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.addr() as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    /// Reads bytes from `at` on. No copy to it may be under way.
+    pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        let Some(from) = self.mem.cut(at, bytes.len()) else {
+            bail!(RS_ERR_INTERNAL, "{} bytes from {at} of {} of pinned memory", bytes.len(), self.mem.len());
+        };
+        // SAFETY: inside the allocation, which is host memory of our own.
+        unsafe { ptr::copy_nonoverlapping(from.addr() as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Some(_current) = self.gpu.current_again() {
+            // SAFETY: made by `new`; whoever drops it knows that no copy uses it.
+            unsafe { (self.gpu.api.cuMemFreeHost)(self.mem.addr() as *mut c_void) };
+        }
+    }
+}

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Proof that the tests over the stand-in driver see what they are for: each line below takes one thing out of the library that GPUs need,
+# in a copy of the sources, and the tests must fail. Needs cargo, g++.
+#
+#   tests/standin/mutations.sh [WORD ...]     all, or those whose name holds one of the words
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+export RESHARD_MEMORY=cuda RESHARD_CASES=${RESHARD_CASES:-60} STANDIN_SEED=${STANDIN_SEED:-3}
+words=("$@")
+copy=target/mutations/tree
+red=0
+green=()
+
+tests/standin/build.sh
+mkdir -p "$copy"
+
+# The tests of the copy; fails if one does.
+tested() {
+    LD_LIBRARY_PATH=$PWD/target/standin CARGO_TARGET_DIR=$PWD/target/mutations/target \
+        cargo test --quiet --locked --manifest-path "$copy/Cargo.toml" --test cuda --test properties
+}
+
+fresh() {
+    tar -c Cargo.toml Cargo.lock build.rs src include tests benches | tar -x -m -C "$copy" # new times: cargo must see what is put back
+}
+
+chosen() {
+    local word
+    [ ${#words[@]} -gt 0 ] || return 0
+    for word in "${words[@]}"; do [[ $1 == *"$word"* ]] && return 0; done
+    return 1
+}
+
+# mutation NAME FILE OLD NEW: the text OLD, which the file has once, becomes NEW.
+mutation() {
+    local name=$1 file=$2
+    chosen "$name" || return 0
+    fresh
+    python3 - "$copy/$file" "$3" "$4" <<'PY'
+import sys
+path, old, new = sys.argv[1:]
+text = open(path).read()
+if text.count(old) != 1:
+    sys.exit(f"{path} has {text.count(old)} times: {old}")
+open(path, "w").write(text.replace(old, new))
+PY
+    if tested >"target/mutations/$name.log" 2>&1; then
+        green+=("$name")
+        printf '%-22s NOT SEEN\n' "$name"
+    elif grep -q 'error: could not compile' "target/mutations/$name.log"; then
+        green+=("$name")
+        printf '%-22s DOES NOT COMPILE\n' "$name"
+    else
+        red=$((red + 1))
+        printf '%-22s seen: %s\n' "$name" "$(grep -m 1 -oE 'standin: [A-Z-]+|something is left|bytes differ|context is current|is called' "target/mutations/$name.log" || echo "a test failed")"
+    fi
+}
+
+fresh
+tested >target/mutations/unchanged.log 2>&1 || { echo "the tests fail without any mutation: target/mutations/unchanged.log"; exit 1; }
+
+gpu=src/device/cuda/gpu.rs
+mutation context-restored $gpu '(self.gpu.api.cuCtxPopCurrent_v2)(&mut popped);' 'let _: &mut CUcontext = &mut popped;'
+mutation captures-spared $gpu 'CU_STREAM_CAPTURE_MODE_RELAXED' 'CU_STREAM_CAPTURE_MODE_GLOBAL'
+mutation context-released $gpu 'unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.handle) };' 'let _ = self.handle;'
+mutation lists-freed src/device/cuda/lists.rs 'self.gpu.free(self.at);' ''
+mutation event-destroyed src/device/cuda/mod.rs 'self.gpu.destroy(event.0);' 'let _ = event;'
+mutation stream-destroyed $gpu '(self.api.cuStreamDestroy_v2)(self.stream);' ''
+mutation module-unloaded $gpu '                    (self.api.cuModuleUnload)(self.module);' ''
+mutation upload-waited $gpu 'self.api.done("cuMemcpyHtoDAsync", copied)?;
+            self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream))' 'self.api.done("cuMemcpyHtoDAsync", copied)'
+mutation memory-waited $gpu 'let waited = self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream));' 'let waited: Result<()> = Ok(());'
+mutation peers-enabled src/device/cuda/gpu.rs 'if found.ordinal == id => self.enable_peer(id),' 'if found.ordinal == id => Ok(()),'
+mutation sources-waited src/container/sync.rs 'let ready = ready.and_then(|()| settle(&*self.device, request.stream, comm, deadline));' 'let _ = settle;'
+mutation reads-waited src/exec/mod.rs 'batches.units.start(self.stream).and_then(|()| self.settle())' 'batches.units.start(self.stream)'
+mutation packs-waited src/exec/group.rs 'self.pack(run, round, staging)?;
+            run.settle()?;' 'self.pack(run, round, staging)?;'
+mutation peers-asked $gpu 'let mapped = capable & 0xff == 0 && managed & 0xff == 0;' 'let mapped = false;'
+mutation import-closed src/device/cuda/ipc.rs 'unsafe { (self.gpu.api.cuIpcCloseMemHandle)(self.base) };' ''
+mutation offset-added src/device/cuda/ipc.rs '(base + export.offset) as usize' 'base as usize'
+mutation stream-checked $gpu 'if context != self.context {' 'if false {'
+mutation memory-checked src/container/mod.rs 'device.reach(*mem).map_err(|e| e.context(format_args!("buffer '"'{}'"'", buffer.name)))?;' ''
+
+printf '\n%d seen, %d not\n' "$red" "${#green[@]}"
+[ "${#green[@]}" -eq 0 ] && [ "$red" -gt 0 ]
