@@ -958,8 +958,9 @@ rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_
  * - out: the new communicator, the caller's to destroy.
  *
  * A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
- * library keeps what they use. End it with ncclCommAbort() before you free the weights. One that was made to block may also wait inside
- * NCCL while connections to a peer are made, past every deadline.
+ * library keeps what they use and asks the communicator nothing more. End it with ncclCommAbort(), wait for its streams, then free the
+ * weights and destroy what was made here. One that was made to block may also wait inside NCCL while connections to a peer are made, past
+ * every deadline. NCCL tells no rank that another one has given up: the others hear of it at their deadlines.
  *
  * Local. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no libnccl.so.2 in the process, too old), RS_ERR_COMM, RS_ERR_DEVICE,
  * RS_ERR_MEMORY.
@@ -968,7 +969,7 @@ rs_status_t rs_comm_from_nccl(void *nccl_comm, rs_comm_t **out);
 
 /**
  * A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts it
- * when a sync fails. NCCL is the libnccl.so.2 that the process has loaded, else the one that the dynamic loader finds.
+ * when a sync fails; the other ranks hear of that at their deadlines. NCCL is the libnccl.so.2 that the process has loaded, else the one that the dynamic loader finds.
  *
  * - unique_id, id_len: the 128 bytes that ncclGetUniqueId() gave one rank, which has sent them to the others.
  * - rank, world: this rank, from 0, and the number of ranks. The GPU is the one that is current on this thread (cudaSetDevice()).

@@ -67,7 +67,8 @@ pub trait Comm: Send + Sync {
     /// Every rank's `mine`, all of one length, in rank order. Collective. Ends with an error that names the missing ranks when the
     /// deadline passes, when a rank is dead or when one aborted.
     fn allgather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<u8>>;
-    /// Ends the communicator everywhere, at once: calls in progress on any rank return an error with `why`. From any thread.
+    /// Ends the communicator everywhere, at once: calls in progress on any rank return an error with `why`. From any thread. (NCCL's: on
+    /// this rank; the others hear of it at their deadlines.)
     fn abort(&self, why: &str);
     /// DLPack's `(device_type, device_id)` of the only memory that it moves, if it is so.
     fn device(&self) -> Option<(i32, i32)> {

@@ -104,7 +104,7 @@ impl Container {
     /// Local. `mems[i]` is the memory of row i of the layout's buffers; `spec` is where the layout comes from, if it was not given.
     pub fn new(config: Config, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<Container> {
         let own_device = config.device.is_none();
-        let device = config.device.map_or_else(|| for_memory(mems.iter().map(|m| m.kind())), Ok)?;
+        let device = config.device.map_or_else(|| own(&layout, &mems), Ok)?;
         check_memory(&*device, &layout, &mems)?;
         let control = Arc::new(Control::default());
         control.set_comm(config.comm.clone());
@@ -178,7 +178,7 @@ impl Container {
     pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<()> {
         let mut device = self.device.clone();
         if self.own_device && !mems.iter().all(|m| device.holds(m.kind())) {
-            device = for_memory(mems.iter().map(|m| m.kind()))?;
+            device = own(&layout, &mems)?;
         }
         check_memory(&*device, &layout, &mems)?;
         let local = plan_local(&layout)?;
@@ -249,6 +249,15 @@ impl Container {
     fn comm(&self) -> Result<Arc<dyn Comm>> {
         self.comm.clone().ok_or_else(|| err!(RS_ERR_STATE, "the container has no communicator; call rs_container_set_comm()"))
     }
+}
+
+/// The library's own device for this memory.
+fn own(layout: &Layout, mems: &[Mem]) -> Result<Arc<dyn Device>> {
+    let first = layout.buffers().iter().find(|b| b.device_type != RS_DEVICE_CPU);
+    for_memory(mems.iter().map(|m| m.kind())).map_err(|e| match first {
+        Some(b) => e.context(format_args!("buffer '{}'", b.name)),
+        None => e,
+    })
 }
 
 /// Every buffer lies on the device, and in the memory given for it.

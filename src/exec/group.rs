@@ -168,7 +168,7 @@ impl Rounds {
         let mut pause = Duration::from_micros(10);
         while !group.poll()? {
             run.comm.check()?;
-            run.deadline.check(|| "the caller's communicator to complete a group of sends and receives".into())?;
+            run.deadline.check(|| "the communicator to complete a group of sends and receives".into())?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
         }

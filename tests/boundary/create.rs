@@ -224,7 +224,7 @@ fn tensors_and_buffers() {
     refused(|t| t.buffers[0].role = 0, RS_ERR_INVALID, &["'w'", "role is 0"]);
     refused(|t| t.buffers[0].role = 4, RS_ERR_INVALID, &["'w'", "role is 4"]);
     refused(|t| t.buffers[0].flags = 6, RS_ERR_INVALID, &["'w'", "flags", "0x6"]);
-    refused(|t| t.buffers[0].device_type = 2, RS_ERR_UNSUPPORTED, &["'w'", "type 2"]);
+    refused(|t| t.buffers[0].device_type = 8, RS_ERR_UNSUPPORTED, &["'w'", "type 8"]);
     refused(|t| t.buffers[0].device_id = 1, RS_ERR_UNSUPPORTED, &["'w'", "id 1"]);
     for dtype in [(2, 4, 1), (2, 32, 2), (2, 0, 1), (2, 24, 1)] {
         let (code, bits, lanes) = dtype;

@@ -64,8 +64,8 @@ fn null_everywhere() {
         invalid(rs_comm_from_nccl(null_mut(), &mut comm), "nccl_comm");
         let id = [0u8; 128];
         invalid(rs_comm_nccl_init(null(), 128, 0, 1, &mut comm), "unique_id");
-        invalid(rs_comm_nccl_init(id.as_ptr().cast(), 5, 0, 1, &mut comm), "id_len is 5");
-        invalid(rs_comm_nccl_init(id.as_ptr().cast(), 128, 1, 1, &mut comm), "rank 1");
+        fails(rs_comm_nccl_init(id.as_ptr().cast(), 5, 0, 1, &mut comm), RS_ERR_INVALID, &["id_len is 5"]);
+        fails(rs_comm_nccl_init(id.as_ptr().cast(), 128, 1, 1, &mut comm), RS_ERR_INVALID, &["rank 1"]);
         invalid(rs_container_rebind(c.0, &layout, ptr::without_provenance(8)), "neither is NULL");
         invalid(rs_container_rebind(c.0, null(), null()), "both are NULL");
 
