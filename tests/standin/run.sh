@@ -2,12 +2,12 @@
 # The library on GPUs, over the stand-in driver: what `tests/cuda.rs` says, and the property tests with all weights in GPUs' and pinned
 # memory, under several schedules, and processes that share GPUs and die. Needs cargo, g++.
 #
-# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (100).
+# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (60).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 seeds=${RESHARD_SEEDS:-20}
-export RESHARD_CASES=${RESHARD_CASES:-100} RESHARD_MEMORY=cuda
+export RESHARD_CASES=${RESHARD_CASES:-60} RESHARD_MEMORY=cuda
 
 # over FOLDER TEST ...: these tests with the driver in that folder.
 over() {
