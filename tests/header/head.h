@@ -59,8 +59,8 @@
  * rs_container_poll() tells when all ranks have. On host memory it returns when done. NULL is the device's default stream. This version
  * waits for the stream inside the call, and so never answers RS_IN_PROGRESS; who polls while he gets it is ready for one that does.
  *
- * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when the first of
- * them is bound, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
+ * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container
+ * is given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
  * Each call leaves the thread the context that it had.
  *
  * Units and codes. Shapes, extents and strides count elements; offsets and sizes count bytes; timeouts milliseconds. Element types
