@@ -6,6 +6,7 @@
 //! Knows names and signatures. Must not know what they are called for.
 
 use crate::abi::{RS_ERR_COMM, RS_ERR_UNSUPPORTED};
+use crate::device::cuda::{open, symbol};
 use crate::error::{Result, bail, err};
 use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{self, ncclComm_t, ncclUniqueId};
@@ -67,15 +68,10 @@ macro_rules! functions {
             /// `library` is a handle of NCCL's.
             unsafe fn of(library: *mut c_void) -> Result<Nccl> {
                 Ok(Nccl {
-                    $($name: {
-                        let name = concat!(stringify!($name), "\0");
-                        // SAFETY: a text that ends with a NUL.
-                        let found = unsafe { libc::dlsym(library, name.as_ptr().cast()) };
-                        if found.is_null() {
-                            bail!(RS_ERR_UNSUPPORTED, "{LIBRARY:?} has no {}: its release is too old", stringify!($name));
-                        }
-                        // SAFETY: the signatures are those of nccl.h 2.18, which later releases keep.
-                        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) -> $out>(found) }
+                    // SAFETY: the signatures are those of nccl.h 2.18, which later releases keep.
+                    $($name: match unsafe { symbol(library, concat!(stringify!($name), "\0")) } {
+                        Some(function) => function,
+                        None => bail!(RS_ERR_UNSUPPORTED, "{LIBRARY:?} has no {}: its release is too old", stringify!($name)),
                     },)*
                 })
             }
@@ -108,11 +104,8 @@ pub fn nccl(load: bool) -> Result<&'static Nccl> {
     if let Some(nccl) = *found {
         return Ok(nccl);
     }
-    // SAFETY: a text that ends with a NUL; loading NCCL runs its initialisers, as it does in every program that uses it.
-    let library = unsafe {
-        let loaded = libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
-        if loaded.is_null() && load { libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_LAZY) } else { loaded }
-    };
+    // SAFETY: loading NCCL runs its initialisers, as it does in every program that uses it.
+    let library = unsafe { open(LIBRARY, load) };
     if library.is_null() {
         if load {
             bail!(

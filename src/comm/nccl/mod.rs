@@ -4,8 +4,9 @@
 //! receives on the caller's stream. Operations are collected and handed to NCCL together, so that an abort from another thread never
 //! meets a half-open group.
 //!
-//! Nothing here waits without a deadline, if the communicator does not block. One that the caller made to block may wait inside NCCL
-//! while connections to a peer are made, at its first messages; only its owner can end that.
+//! Nothing here waits without a deadline, if the communicator does not block, but for ncclCommAbort, which waits for what it ends. One
+//! that the caller made to block may wait inside NCCL while connections to a peer are made, at its first messages; only its owner can end
+//! that.
 //!
 //! Knows NCCL, ranks and bytes. Must not know tensors, plans or versions.
 

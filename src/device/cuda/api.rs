@@ -105,11 +105,23 @@ functions! {
     }
 }
 
+/// A library as the process has it loaded; where it has not, it is loaded if `load` says so. It stays loaded. NULL: there is none.
+///
+/// # Safety
+/// Its initialisers may run.
+pub(crate) unsafe fn open(name: &CStr, load: bool) -> *mut c_void {
+    // SAFETY: a text that ends with a NUL; the rest is this function's promise.
+    unsafe {
+        let loaded = libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
+        if loaded.is_null() && load { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY) } else { loaded }
+    }
+}
+
 /// A function of a library, by its name and a NUL; `None`: it has none of that name.
 ///
 /// # Safety
 /// `library` is a library's handle, and `F` is the type of that function pointer.
-unsafe fn symbol<F: Copy>(library: *mut c_void, name: &'static str) -> Option<F> {
+pub(crate) unsafe fn symbol<F: Copy>(library: *mut c_void, name: &'static str) -> Option<F> {
     assert!(size_of::<F>() == size_of::<*mut c_void>() && name.ends_with('\0'));
     // SAFETY: this function's promise; the text ends with a NUL.
     unsafe {
@@ -134,10 +146,7 @@ fn load() -> Result<Api> {
     const LIBRARY: &CStr = c"libcuda.so.1";
     // SAFETY: loading the driver runs its initialisers, as it does in every CUDA program. It stays loaded.
     unsafe {
-        let mut library = libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
-        if library.is_null() {
-            library = libc::dlopen(LIBRARY.as_ptr(), libc::RTLD_LAZY);
-        }
+        let library = open(LIBRARY, true);
         if library.is_null() {
             bail!(
                 RS_ERR_UNSUPPORTED,

@@ -19,6 +19,7 @@ mod own;
 use super::{Batch, Copies, Device, Event, Export, Imported, Job, Mem, Prepare, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail};
+pub(crate) use api::{open, symbol};
 use batch::Descriptors;
 use gpu::Gpu;
 pub use ipc::export;
