@@ -127,6 +127,7 @@ struct World {
     memories: Vec<Memory>,
     containers: Vec<Container>,
     comms: Vec<Comm>,
+    timeout_ms: u32,
 }
 
 impl World {
@@ -136,7 +137,7 @@ impl World {
         let (hub, world) = (HUB.fetch_add(1, Ordering::Relaxed), case.ranks.len());
         let comms = (0..world).map(|r| Comm::loopback(hub, r, world).unwrap()).collect();
         let memories = case.ranks.iter().zip(kinds).map(|(r, &kind)| Memory::new(kind, &r.blocks, 7)).collect();
-        World { case, memories, containers: vec![], comms }
+        World { case, memories, containers: vec![], comms, timeout_ms: TIMEOUT_MS }
     }
 
     fn create(&mut self) -> Result<(), Failure> {
@@ -144,7 +145,7 @@ impl World {
             let memory = &mut self.memories[r];
             let kind = memory.kind();
             let tables = Tables::new(&self.case, rank, kind, |b| memory.address(rank.buffers[b].block, rank.buffers[b].at));
-            let mut container = Container::create(rank, &tables, &self.comms[r], TIMEOUT_MS)?;
+            let mut container = Container::create(rank, &tables, &self.comms[r], self.timeout_ms)?;
             container.stream = memory.stream();
             self.containers.push(container);
         }
@@ -308,6 +309,37 @@ fn streams_that_cannot_be_used_are_refused_and_nothing_moves() {
         world.compare(&before);
     }
     world.sync(4);
+}
+
+/// What is on a stream and does not end is waited for until the deadline, on all ranks.
+#[test]
+fn a_stream_that_does_not_end_is_an_error_in_time() {
+    let Some(_alone) = alone() else { return };
+    // An old driver has no words to wait for.
+    if standin::<usize>(c"cuStreamWaitValue64_v2").is_none() {
+        return;
+    }
+    let mut world = World::new(two_ranks(), &[GPU_0, GPU_0]);
+    world.timeout_ms = 500;
+    world.create().unwrap();
+    world.all(|c| c.connect()).into_iter().for_each(|result| result.unwrap());
+    world.publish(1);
+    let mut word = Block::new(PINNED, &[0; 8]);
+    gpu::on(0, || {
+        // SAFETY: a live stream, and a word that outlives what waits for it.
+        let answer = unsafe { sys::cuStreamWaitValue64_v2(world.memories[0].stream().cast(), word.at(0) as u64, 1, 0) };
+        assert_eq!(answer as u32, 0);
+    });
+    let begun = std::time::Instant::now();
+    let answers = world.all(|c| c.sync(1, None));
+    let took = begun.elapsed();
+    word.write(&1u64.to_ne_bytes());
+    world.memories[0].bytes(); // Nothing waits for the word when it goes.
+    assert!(took.as_secs() < 3, "{took:?}");
+    for answer in answers {
+        let failure = answer.expect_err("the source's stream stands still");
+        assert!(failure.status <= RS_ERR_TIMEOUT, "{failure}");
+    }
 }
 
 /// Somebody else's capture into a graph, in the strictest mode, survives a sync of this library and a new container.
