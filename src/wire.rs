@@ -59,6 +59,8 @@ pub struct Record {
     pub big_endian: bool,
     /// Whether it has been given every rank's table.
     pub imported: bool,
+    /// Whether it can put a whole sync on a stream, and whether it has weights without being able to.
+    pub streams: [bool; 2],
     /// Its staging bound in bytes.
     pub staging: u64,
     /// Length of its table in bytes.
@@ -85,7 +87,11 @@ impl Record {
             self.host,
             self.device[0],
             self.device[1],
-            u64::from(self.pid) | u64::from(self.big_endian) << 32 | u64::from(self.imported) << 33,
+            u64::from(self.pid)
+                | u64::from(self.big_endian) << 32
+                | u64::from(self.imported) << 33
+                | u64::from(self.streams[0]) << 34
+                | u64::from(self.streams[1]) << 35,
             self.staging,
             self.table_len,
             self.table_digest,
@@ -131,6 +137,7 @@ impl Record {
             pid: w[5] as u32,
             big_endian: w[5] >> 32 & 1 == 1,
             imported: w[5] >> 33 & 1 == 1,
+            streams: [w[5] >> 34 & 1 == 1, w[5] >> 35 & 1 == 1],
             staging: w[6],
             table_len: w[7],
             table_digest: w[8],
@@ -431,6 +438,7 @@ mod tests {
             pid: 9,
             big_endian: cfg!(target_endian = "big"),
             imported: true,
+            streams: [true, false],
             staging: 1 << 28,
             table_len: 10,
             table_digest: 11,

@@ -324,6 +324,8 @@ fn a_stream_that_does_not_end_is_an_error_in_time() {
     world.create().unwrap();
     world.all(|c| c.connect()).into_iter().for_each(|result| result.unwrap());
     world.publish(1);
+    // A reader that has given up does not wait for what is on this stream.
+    world.memories[0].bytes();
     let mut word = Block::new(PINNED, &[0; 8]);
     gpu::on(0, || {
         // SAFETY: a live stream, and a word that outlives what waits for it.
@@ -335,7 +337,8 @@ fn a_stream_that_does_not_end_is_an_error_in_time() {
     let took = begun.elapsed();
     word.write(&1u64.to_ne_bytes());
     world.memories[0].bytes(); // Nothing waits for the word when it goes.
-    assert!(took.as_secs() < 3, "{took:?}");
+    // The deadline, and what a device is given to finish what was started.
+    assert!(took.as_secs() < 8, "{took:?}");
     for answer in answers {
         let failure = answer.expect_err("the source's stream stands still");
         assert!(failure.status <= RS_ERR_TIMEOUT, "{failure}");

@@ -206,7 +206,12 @@ impl Rank {
             let mut s: rs_sync_t = zeroed();
             s.struct_size = size_of::<rs_sync_t>();
             s.version = version;
-            rs_sync_weights(self.container, &s)
+            let mut status = rs_sync_weights(self.container, &s);
+            while status == RS_IN_PROGRESS {
+                std::thread::sleep(Duration::from_micros(50));
+                status = rs_container_poll(self.container);
+            }
+            status
         }
     }
 

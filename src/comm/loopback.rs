@@ -6,12 +6,14 @@
 //! Knows threads, hub numbers and deadlines. Must not know tensors, plans or other processes.
 #![forbid(unsafe_code)]
 
-use super::{Access, Comm, Deadline, Opened, Window, Windows};
+use super::page::Page;
+use super::{Access, Comm, Deadline, Later, Opened, Window, Windows};
 use crate::abi::*;
 use crate::device::Mem;
 use crate::error::{Error, Result, bail, err};
 use crate::geom::StridedCopy;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 #[cfg(test)]
@@ -61,7 +63,7 @@ pub fn join(hub: u64, rank: u32, world: u32) -> Result<Arc<dyn Comm>> {
         }
         seat.joined = true;
     }
-    Ok(Arc::new(Loopback { hub: found, rank }))
+    Ok(Arc::new(Loopback { hub: found, rank, taken: AtomicBool::new(false), begun: Mutex::default() }))
 }
 
 /// What the ranks of one number share.
@@ -82,6 +84,8 @@ struct Shared {
     gathered: Arc<Vec<u8>>,
     /// Blocks on their way from an owner to a reader, one entry per exchange.
     offers: BTreeMap<(u32, u32), VecDeque<Vec<Mem>>>,
+    /// Pages of words, likewise.
+    pages: BTreeMap<(u32, u32), VecDeque<Arc<Page>>>,
 }
 
 /// One rank as the others see it.
@@ -104,6 +108,7 @@ impl Shared {
             gathers: 0,
             gathered: Arc::default(),
             offers: BTreeMap::new(),
+            pages: BTreeMap::new(),
         }
     }
 
@@ -155,9 +160,44 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Loopback {
     hub: Arc<Hub>,
     rank: u32,
+    taken: AtomicBool,
+    /// Of a gather that was begun and has not ended: the gathers before it.
+    begun: Mutex<Option<u64>>,
 }
 
 impl Loopback {
+    /// Gives this rank's word; the number of gathers before the one that it is of.
+    fn speak(&self, shared: &mut Shared, mine: &[u8]) -> Result<u64> {
+        shared.check()?;
+        if shared.seats[self.rank as usize].word.is_some() {
+            bail!(RS_ERR_BUSY, "rank {} gathers in two threads at once; collectives of a communicator are serial", self.rank);
+        }
+        let first = shared.seats.iter().enumerate().find_map(|(rank, seat)| Some((rank, seat.word.as_ref()?.len())));
+        if let Some((other, bytes)) = first.filter(|(_, bytes)| *bytes != mine.len()) {
+            let error = err!(
+                RS_ERR_COMM,
+                "rank {} gathers {} bytes where rank {other} gathers {bytes}; all ranks make the same calls in the same order",
+                self.rank,
+                mine.len()
+            );
+            return Err(self.hub.fail(shared, error));
+        }
+        let before = shared.gathers;
+        shared.seats[self.rank as usize].word = Some(mine.to_vec());
+        if shared.seats.iter().all(|seat| seat.word.is_some()) {
+            let words: Vec<Vec<u8>> = shared.seats.iter_mut().filter_map(|seat| seat.word.take()).collect();
+            shared.gathered = Arc::new(words.concat());
+            shared.gathers += 1;
+            self.hub.changed.notify_all();
+        }
+        Ok(before)
+    }
+
+    /// Who is missing in a gather that this rank is in.
+    fn missing(&self, shared: &Shared) -> String {
+        format!("{} to join a gather that rank {} is in", silent(&shared.seats), self.rank)
+    }
+
     fn seat<'a>(&self, shared: &'a mut Shared, rank: u32) -> Result<&'a mut Seat> {
         let world = self.hub.world;
         shared.seats.get_mut(rank as usize).ok_or_else(|| err!(RS_ERR_INTERNAL, "rank {rank} of a world of {world}"))
@@ -189,34 +229,9 @@ impl Comm for Loopback {
 
     fn allgather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<u8>> {
         let mut shared = self.hub.lock();
-        shared.check()?;
-        if shared.seats[self.rank as usize].word.is_some() {
-            bail!(RS_ERR_BUSY, "rank {} gathers in two threads at once; collectives of a communicator are serial", self.rank);
-        }
-        let first = shared.seats.iter().enumerate().find_map(|(rank, seat)| Some((rank, seat.word.as_ref()?.len())));
-        if let Some((other, bytes)) = first.filter(|(_, bytes)| *bytes != mine.len()) {
-            let error = err!(
-                RS_ERR_COMM,
-                "rank {} gathers {} bytes where rank {other} gathers {bytes}; all ranks make the same calls in the same order",
-                self.rank,
-                mine.len()
-            );
-            return Err(self.hub.fail(&mut shared, error));
-        }
-        let before = shared.gathers;
-        shared.seats[self.rank as usize].word = Some(mine.to_vec());
-        if shared.seats.iter().all(|seat| seat.word.is_some()) {
-            let words: Vec<Vec<u8>> = shared.seats.iter_mut().filter_map(|seat| seat.word.take()).collect();
-            shared.gathered = Arc::new(words.concat());
-            shared.gathers += 1;
-            self.hub.changed.notify_all();
-        }
-        let gathered = self.hub.wait(
-            shared,
-            deadline,
-            |shared| (shared.gathers > before).then(|| shared.gathered.clone()),
-            |shared| format!("{} to join a gather that rank {} is in", silent(&shared.seats), self.rank),
-        )?;
+        let before = self.speak(&mut shared, mine)?;
+        let ready = |shared: &mut Shared| (shared.gathers > before).then(|| shared.gathered.clone());
+        let gathered = self.hub.wait(shared, deadline, ready, |shared| self.missing(shared))?;
         Ok(gathered.to_vec())
     }
 
@@ -228,8 +243,39 @@ impl Comm for Loopback {
         self.hub.lock().check()
     }
 
+    fn later(&self) -> Option<&dyn Later> {
+        Some(self)
+    }
+
     fn windows(&self) -> Option<&dyn Windows> {
         Some(self)
+    }
+}
+
+impl Later for Loopback {
+    fn taken(&self) -> &AtomicBool {
+        &self.taken
+    }
+
+    fn begin(&self, mine: &[u8]) -> Result<()> {
+        let before = self.speak(&mut self.hub.lock(), mine)?;
+        *lock(&self.begun) = Some(before);
+        Ok(())
+    }
+
+    fn ended(&self, deadline: Deadline) -> Result<Option<Vec<u8>>> {
+        let mut begun = lock(&self.begun);
+        let Some(before) = *begun else { bail!(RS_ERR_INTERNAL, "the end of a gather that was not begun") };
+        let mut shared = self.hub.lock();
+        if shared.gathers > before {
+            *begun = None;
+            return Ok(Some(shared.gathered.to_vec()));
+        }
+        shared.check()?;
+        match deadline.check(|| self.missing(&shared)) {
+            Ok(()) => Ok(None),
+            Err(late) => Err(self.hub.fail(&mut shared, late)),
+        }
     }
 }
 
@@ -258,6 +304,27 @@ impl Windows for Loopback {
         }
         let granted = offers.iter().map(|(_, blocks)| vec![Access::Mapped; blocks.len()]).collect();
         Ok(Opened { windows, granted })
+    }
+
+    fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>> {
+        let mut pages = vec![Arc::new(Page::new(words)?.0)];
+        let mut shared = self.hub.lock();
+        shared.check()?;
+        for peer in peers {
+            self.seat(&mut shared, *peer)?;
+            shared.pages.entry((self.rank, *peer)).or_default().push_back(pages[0].clone());
+        }
+        self.hub.changed.notify_all();
+        drop(shared);
+        for peer in peers {
+            pages.push(self.hub.wait(
+                self.hub.lock(),
+                deadline,
+                |shared| shared.pages.get_mut(&(*peer, self.rank))?.pop_front(),
+                |_| format!("rank {peer} to share its words with rank {}", self.rank),
+            )?);
+        }
+        Ok(pages)
     }
 
     fn prefers_read(&self, _run: u64) -> bool {

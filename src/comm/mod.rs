@@ -17,11 +17,16 @@ pub mod local;
 pub mod loopback;
 #[allow(unsafe_code)]
 pub mod nccl;
+#[allow(unsafe_code)]
+pub mod page;
 
 use crate::abi::RS_ERR_TIMEOUT;
 use crate::device::{Export, Mem, Stream};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
+use page::Page;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// The end of all waiting in one call.
@@ -35,6 +40,11 @@ impl Deadline {
     /// `timeout` from now.
     pub fn after(timeout: Duration) -> Deadline {
         Deadline { end: Instant::now() + timeout, whole: timeout }
+    }
+
+    /// For what is not waited for.
+    pub fn never() -> Deadline {
+        Deadline::after(Duration::from_secs(1 << 30))
     }
 
     /// What is left, zero once it has passed.
@@ -76,6 +86,18 @@ pub trait Comm: Send + Sync {
     }
     /// The error that ended it, or that a peer's death now ends it with. Cheap enough for every chunk of a copy.
     fn check(&self) -> Result<()>;
+    /// The same after what was put on streams is done: whether that moved as it should. Also while it is under way.
+    fn sound(&self) -> Result<()> {
+        self.check()
+    }
+    /// Whether the process of a rank is known to have ended: nothing that it put on a stream runs any more.
+    fn gone(&self, _rank: u32) -> bool {
+        false
+    }
+    /// Gathers that do not wait, if it can.
+    fn later(&self) -> Option<&dyn Later> {
+        None
+    }
     /// Reading other ranks' memory, if it can.
     fn windows(&self) -> Option<&dyn Windows> {
         None
@@ -88,6 +110,16 @@ pub trait Comm: Send + Sync {
     fn group(&self) -> Option<&dyn Group> {
         None
     }
+}
+
+/// A gather in halves, neither of which waits.
+pub trait Later: Sync {
+    /// Held by whoever makes collective calls, from the first to the end of the last: in between no others fit.
+    fn taken(&self) -> &AtomicBool;
+    /// Gives this rank's part of the next gather. No other collective may begin before it has ended.
+    fn begin(&self, mine: &[u8]) -> Result<()>;
+    /// What [`Comm::allgather`] would give, once it is complete. Fails as that does.
+    fn ended(&self, deadline: Deadline) -> Result<Option<Vec<u8>>>;
 }
 
 /// How a reader reaches one block of memory of an owner. Both ends of a pair know it.
@@ -148,6 +180,8 @@ pub trait Windows: Sync {
     /// Tells each reader in `offers` which blocks of ours it may read, and learns what each of `owners` lets us read. Both lists are
     /// sorted by rank; a rank is in one's `offers` exactly where it has us in its `owners`. Windows of an earlier exchange end.
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened>;
+    /// Gives each of `peers`, which are sorted and ask for the same, so many words of this rank: its own page, then those of the peers.
+    fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>>;
     /// Whether a block of access [`Access::Remote`] is read by its reader rather than sent, for pieces whose contiguous runs at the
     /// source have `run` bytes. Equal on both ends of a pair.
     fn prefers_read(&self, run: u64) -> bool;
@@ -193,6 +227,14 @@ pub trait Group: Sync {
     fn recv(&self, mem: Mem, from: u32, stream: Stream) -> Result<()>;
     /// Starts the group.
     fn end(&self) -> Result<()>;
+    /// Whether a group is done in the order of its stream: what is put there later sees what came, and may write what went.
+    fn on_streams(&self) -> bool {
+        false
+    }
+    /// Whether all groups ended so far are on their streams.
+    fn enqueued(&self) -> Result<bool> {
+        Ok(true)
+    }
     /// After a failure: whether what was handed over either never runs or is on its stream, so that the stream's end is the end of it.
     fn idle(&self) -> bool {
         true

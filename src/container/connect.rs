@@ -1,16 +1,19 @@
 //! What ranks agree on before they plan, and the plan.
 #![forbid(unsafe_code)]
 
+use super::flight::Turn;
 use super::sync::give_up;
-use super::{Container, FromSpec, Phase};
+use super::{Container, FromSpec, Phase, held};
 use crate::abi::*;
-use crate::comm::{Access, Comm, Deadline, Window};
+use crate::comm::{Access, Comm, Deadline, Group, Window};
+use crate::device::Copies;
 use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::{Batches, Places};
+use crate::exec::signs::Signs;
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
-use crate::plan::{PLANNER_VERSION, Place, Plan, closed};
+use crate::plan::{PLANNER_VERSION, Peer, Place, Plan, closed};
 use crate::preset::variant::Variants;
 use crate::preset::world::World;
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
@@ -42,6 +45,12 @@ pub(super) struct Connected {
     pub message: u64,
     /// The binding of each rank whose addresses we know.
     pub bindings: Vec<u64>,
+    /// Whether a sync is put on streams, on all ranks alike.
+    pub streams: bool,
+    /// Words that streams wait for, where ranks read each other's memory.
+    pub signs: Option<Signs>,
+    /// Syncs so far whose header was gathered: equal on all ranks.
+    pub number: u64,
     pub links: Links,
     pub ready: Ready,
     /// Of the last subset, by its digest.
@@ -86,7 +95,9 @@ type Kept = Arc<dyn Any + Send + Sync>;
 impl Container {
     /// Collective: agrees, exchanges tables, plans. Also after a failure, with a communicator that works.
     pub fn connect(&mut self) -> Result<()> {
+        self.settled()?;
         let comm = self.comm()?;
+        let _turn = Turn::take(&comm)?;
         self.phase = Phase::Created;
         self.control.started();
         let begun = Instant::now();
@@ -105,8 +116,9 @@ impl Container {
                     connected.plan.peers.len(),
                     connected.message
                 );
-                self.stats.connect_seconds = begun.elapsed().as_secs_f64();
-                self.stats.failure = None;
+                let stats = held(&mut self.stats);
+                stats.connect_seconds = begun.elapsed().as_secs_f64();
+                stats.failure = None;
                 self.phase = Phase::Connected(Box::new(connected));
                 Ok(())
             }
@@ -138,6 +150,7 @@ impl Container {
             pid: std::process::id(),
             big_endian: cfg!(target_endian = "big"),
             imported: (0..world).all(|r| r == me || self.imported.contains_key(&r)),
+            streams: [self.on_streams(comm), !self.mems.is_empty() && !self.on_streams(comm)],
             staging: self.staging,
             table_len: blob.len() as u64,
             table_digest: if own.is_some() { Table::head(&blob)?.1 } else { 0 },
@@ -161,7 +174,7 @@ impl Container {
             (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
         let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
-        self.stats.plan_seconds = begun.elapsed().as_secs_f64();
+        held(&mut self.stats).plan_seconds = begun.elapsed().as_secs_f64();
         let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
         let planned = planned?;
 
@@ -189,14 +202,39 @@ impl Container {
             digest: xxh3_64(&hashed),
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
+            streams: records.iter().any(|r| r.streams[0]) && !records.iter().any(|r| r.streams[1]),
+            signs: None,
+            number: 0,
             links: Links::default(),
             ready: Ready::default(),
             subset: None,
         };
         // Others wait for this rank in there, so a failure ends the communicator rather than being agreed on.
         self.open(comm, &mut out, deadline).map_err(|e| give_up(comm, e))?;
+        if out.streams {
+            out.signs = self.signs(comm, &out.plan, deadline).map_err(|e| give_up(comm, e))?;
+        } else if self.device.id().0 != RS_DEVICE_CPU {
+            log::info!("rank {me}: not all ranks can wait for each other's streams; each sync waits for its stream itself");
+        }
         agree_outcome(comm, Ok((0, 0)), deadline)?;
         Ok(out)
+    }
+
+    /// Whether this rank can put a whole sync on a stream.
+    fn on_streams(&self, comm: &dyn Comm) -> bool {
+        let ordered = if comm.windows().is_some() { self.device.signals().is_some() } else { comm.group().is_some_and(Group::on_streams) };
+        ordered && comm.later().is_some() && matches!(self.device.copies(), Copies::Prepared(_))
+    }
+
+    /// Words between this rank and those that it exchanges weights with. Collective between them.
+    fn signs(&self, comm: &dyn Comm, plan: &Plan, deadline: Deadline) -> Result<Option<Signs>> {
+        let Some(windows) = comm.windows() else { return Ok(None) };
+        let ranks = |has: fn(&Peer) -> bool| plan.peers.iter().filter(|p| has(p)).map(|p| p.rank).collect::<Vec<_>>();
+        let (readers, owners) = (ranks(|p| !p.out.is_empty()), ranks(|p| !p.into.is_empty()));
+        if readers.is_empty() && owners.is_empty() {
+            return Ok(None);
+        }
+        Signs::new(&self.device, comm, windows, [&readers, &owners], deadline).map(Some)
     }
 
     /// Whether the communicator can move this device's memory.
@@ -390,7 +428,7 @@ impl Container {
         let places = Places { mems: &self.mems, windows: &c.links.windows };
         // Of everything, where this is a subset.
         let other = c.ready.batches.as_ref().filter(|_| subset.is_some());
-        let batches = Batches::new(&self.device, places, &work, other)?;
+        let batches = Batches::new(&self.device, places, &work, other, c.streams)?;
         Ok(Ready { work, batches })
     }
 }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::connect::Connected;
-use super::{Container, Phase};
+use super::{Container, Phase, lock};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::exec::work::Bytes;
@@ -45,7 +45,7 @@ impl Container {
             "message_bytes": c.message,
             "rounds": rounds("messages_out").max(rounds("messages_in")),
             "staging_bytes": self.staging_of(c),
-            "plan_seconds": self.stats.plan_seconds,
+            "plan_seconds": lock(&self.stats).plan_seconds,
             "bytes": bytes(&c.work().bytes),
             "peers": peers,
             "moves": moves + c.plan.doubles.len() + self.local.pieces.len(),
@@ -110,14 +110,15 @@ impl Container {
     }
 
     fn describe_stats(&self) -> Value {
-        let s = &self.stats;
+        let (s, params) = (lock(&self.stats), lock(&self.params));
         let phase = match &self.phase {
+            _ if lock(&self.broken).is_some() => "failed",
             Phase::Created => "created",
             Phase::Connected(_) if s.syncs > 0 => "synced",
             Phase::Connected(_) => "connected",
             Phase::Failed(_) => "failed",
         };
-        let count = |state| self.params.iter().filter(|p| p.state == state).count();
+        let count = |state| params.iter().filter(|p| p.state == state).count();
         let mut totals = bytes(&s.bytes);
         totals["landed"] = json!(s.bytes.local + s.bytes.aliased + s.bytes.doubled + s.bytes.received);
         json!({

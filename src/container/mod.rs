@@ -1,13 +1,15 @@
 //! One rank's weights from creation to the last sync: created -> connected -> synced / torn / failed.
 //!
 //! [`connect`] agrees with the other ranks and plans, [`sync`] moves one version, [`describe`] tells about both. What a failed sync
-//! half wrote stays marked until another succeeds.
+//! half wrote stays marked until another succeeds. A sync that was put on a stream is looked at by poll, beside reading calls
+//! ([`flight`]): what it changes lies behind locks.
 //!
 //! Knows all the parts and their order in time. Must not know C, nor how a plan comes about or bytes move.
 #![forbid(unsafe_code)]
 
 pub mod connect;
 pub mod describe;
+mod flight;
 pub mod host;
 pub mod state;
 pub mod sync;
@@ -21,10 +23,11 @@ use crate::plan::local::{Local, plan_local};
 use crate::preset::world::World;
 use crate::wire::Table;
 use connect::Connected;
+use flight::{Flight, Step, Stuck, Wreck};
 pub use state::{Control, Param};
 use state::{ParamState, Stats};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What a container is made with; defaults are already filled in.
@@ -96,8 +99,21 @@ pub struct Container {
     binding: u64,
     imported: BTreeMap<u32, (u64, Table)>,
     phase: Phase,
-    params: Vec<ParamState>,
-    stats: Stats,
+    params: Mutex<Vec<ParamState>>,
+    stats: Mutex<Stats>,
+    /// The sync that is on its stream.
+    flight: Mutex<Option<Flight>>,
+    /// How the last flight broke the container.
+    broken: Mutex<Option<Broken>>,
+    /// What stuck syncs use.
+    wrecks: Vec<Wreck>,
+}
+
+/// The end of a connection.
+struct Broken {
+    why: String,
+    /// What may still run.
+    stuck: Option<Stuck>,
 }
 
 impl Container {
@@ -119,7 +135,7 @@ impl Container {
             timeout: config.timeout,
             comm: config.comm,
             control,
-            params: vec![ParamState::default(); layout.buffers().len()],
+            params: Mutex::new(vec![ParamState::default(); layout.buffers().len()]),
             local,
             layout,
             mems,
@@ -127,7 +143,10 @@ impl Container {
             binding: 1,
             imported: BTreeMap::new(),
             phase: Phase::Created,
-            stats: Stats::default(),
+            stats: Mutex::default(),
+            flight: Mutex::default(),
+            broken: Mutex::default(),
+            wrecks: vec![],
         })
     }
 
@@ -143,6 +162,7 @@ impl Container {
 
     /// Another communicator; the next call must be [`Container::connect`].
     pub fn set_comm(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
+        self.settled()?;
         self.phase = Phase::Created;
         self.imported.clear();
         self.control.set_comm(Some(comm.clone()));
@@ -157,6 +177,7 @@ impl Container {
 
     /// Another rank's tables (or this rank's: checked). Once all ranks have all tables, connect exchanges none.
     pub fn import(&mut self, blob: &[u8]) -> Result<()> {
+        self.settled()?;
         if self.spec.is_some() {
             bail!(RS_ERR_STATE, "this rank is described by a world spec: there are no tables to import");
         }
@@ -176,20 +197,21 @@ impl Container {
     /// Other memory. With the same boxes, on the same device, a local call: plans stay, the next sync tells the others the addresses.
     /// With others every rank rebinds or not as it likes, and all connect.
     pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<()> {
+        self.settled()?;
         let mut device = self.device.clone();
         if self.own_device && !mems.iter().all(|m| device.holds(m.kind())) {
             device = own(&layout, &mems)?;
         }
         check_memory(&*device, &layout, &mems)?;
         let local = plan_local(&layout)?;
-        let params = layout.buffers().iter().map(|b| self.carried(b)).collect();
+        let params = self.carried(&layout);
         let digest = |s: &Option<FromSpec>| s.as_ref().map(|s| s.world.spec.digest);
         let moved = device.id() != self.device.id();
         if moved || !self.layout.same_boxes(&layout) || digest(&self.spec) != digest(&spec) {
             self.imported.clear();
             self.phase = Phase::Created;
         }
-        self.params = params;
+        *held(&mut self.params) = params;
         self.binding += 1;
         (self.device, self.layout, self.mems, self.spec, self.local) = (device, layout, mems, spec, local);
         Ok(())
@@ -226,16 +248,23 @@ impl Container {
 
     /// The buffer of row `index`, whatever its state.
     pub fn param_at(&self, index: usize) -> Result<Param> {
-        match self.params.get(index) {
+        let params = lock(&self.params);
+        match params.get(index) {
             Some(s) => Ok(Param { buffer: index, state: s.state, version: s.version }),
-            None => bail!(RS_ERR_NOT_FOUND, "parameter {index}: this rank has {}", self.params.len()),
+            None => bail!(RS_ERR_NOT_FOUND, "parameter {index}: this rank has {}", params.len()),
         }
     }
 
-    /// What is known of memory after a rebind: what was torn stays torn, whatever it is called now; the same buffer keeps its state.
-    fn carried(&self, new: &Buffer) -> ParamState {
+    /// What is known of the memory of another layout: what was torn stays torn, whatever it is called now; the same buffer keeps its
+    /// state.
+    fn carried(&self, layout: &Layout) -> Vec<ParamState> {
+        let params = lock(&self.params);
+        layout.buffers().iter().map(|b| self.carried_by(b, &params)).collect()
+    }
+
+    fn carried_by(&self, new: &Buffer, params: &[ParamState]) -> ParamState {
         let mut state = ParamState::default();
-        for (old, known) in self.layout.buffers().iter().zip(&self.params) {
+        for (old, known) in self.layout.buffers().iter().zip(params) {
             if known.state == RS_PARAM_TORN && old.addr < new.addr + new.bytes && new.addr < old.addr + old.bytes {
                 return ParamState { state: RS_PARAM_TORN, version: 0 };
             }
@@ -249,6 +278,29 @@ impl Container {
     fn comm(&self) -> Result<Arc<dyn Comm>> {
         self.comm.clone().ok_or_else(|| err!(RS_ERR_STATE, "the container has no communicator; call rs_container_set_comm()"))
     }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let Phase::Connected(c) = &self.phase else { return };
+        if let Some(mut flight) = held(&mut self.flight).take() {
+            flight.fail(err!(RS_ERR_ABORTED, "a container was destroyed while its sync was in progress"), c.signs.as_ref());
+            if let Step::Failed { stuck, .. } = sync::finish(&mut flight, c.signs.as_ref()) {
+                *held(&mut self.broken) = Some(Broken { why: String::new(), stuck });
+            }
+        }
+        self.break_off();
+    }
+}
+
+/// Nothing under these locks is left half done, so a panic elsewhere does not make it wrong.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same where nobody else can hold it.
+fn held<T>(mutex: &mut Mutex<T>) -> &mut T {
+    mutex.get_mut().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The library's own device for this memory.

@@ -55,6 +55,8 @@ pub struct Control {
 struct Inner {
     comm: Option<Arc<dyn Comm>>,
     running: bool,
+    /// A sync is on its stream: whoever asks looks at it.
+    flying: bool,
     failure: Option<Error>,
 }
 
@@ -83,13 +85,23 @@ impl Control {
         inner.failure = None;
     }
 
+    /// Whether a sync is on its stream: [`Container::poll`](super::Container::poll) tells how it stands.
+    pub fn flying(&self) -> bool {
+        self.lock().flying
+    }
+
     pub(super) fn started(&self) {
         self.lock().running = true;
     }
 
+    /// The call has put its sync on the stream.
+    pub(super) fn took_off(&self) {
+        self.lock().flying = true;
+    }
+
     pub(super) fn ended(&self, result: &Result<()>) {
         let mut inner = self.lock();
-        inner.running = false;
+        (inner.running, inner.flying) = (false, false);
         inner.failure = result.as_ref().err().cloned();
     }
 

@@ -2,21 +2,26 @@
 #![forbid(unsafe_code)]
 
 use super::connect::{Connected, Ready};
-use super::{Container, Phase, Sync};
+use super::flight::{Flight, Step, Stuck, Turn, Wreck};
+use super::{Broken, Container, Phase, Sync, held, lock};
 use crate::abi::*;
 use crate::comm::{Comm, Deadline};
 use crate::device::Stream;
 use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::Places;
+use crate::exec::signs::Signs;
 use crate::exec::{Run, settle};
 use crate::wire::Header;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
 impl Container {
-    /// Collective: moves one version. `true`: every rank has landed it. `progress` hears (bytes done, bytes in all) of this rank.
+    /// Collective: moves one version. `true`: every rank has landed it; `false`: it is on the stream, and [`Container::poll`] tells the
+    /// end. `progress` hears (bytes done, bytes in all) of this rank, where the call waits for them.
     pub fn sync(&mut self, request: &Sync, progress: &mut dyn FnMut(u64, u64)) -> Result<bool> {
+        self.settled()?;
         let mut connected = match std::mem::replace(&mut self.phase, Phase::Created) {
             Phase::Connected(c) => c,
             Phase::Created => bail!(RS_ERR_STATE, "the container is not connected; call rs_container_connect() on every rank"),
@@ -29,20 +34,197 @@ impl Container {
                 return Err(e);
             }
         };
-        self.control.started();
-        let result = self.comm().and_then(|comm| self.version(&*comm, &mut connected, request, progress));
-        self.control.ended(&result);
-        self.phase = match &result {
-            Err(e) if e.status() <= RS_ERR_TIMEOUT => Phase::Failed(e.text().to_string()),
-            _ => Phase::Connected(connected),
+        let begun = self.comm().and_then(|comm| Turn::take(&comm).map(|turn| (comm, turn)));
+        let (comm, turn) = match begun {
+            Ok(begun) => begun,
+            Err(e) => {
+                self.phase = Phase::Connected(connected);
+                return Err(e);
+            }
         };
-        if let Err(e) = &result {
-            log::error!("sync of version {} failed: {e}", request.version);
-            self.stats.failure = Some(e.text().to_string());
-        }
-        result.map(|()| true)
+        self.control.started();
+        let result = if connected.streams {
+            self.put(&comm, &mut connected, request, turn).map(|()| false)
+        } else {
+            let result = self.version(&*comm, &mut connected, request, progress);
+            self.ended(request.version, &result, None);
+            result.map(|()| true)
+        };
+        self.phase = Phase::Connected(connected);
+        self.break_off();
+        result
     }
 
+    /// How the last call stands, as [`super::Control::status`] tells it, after a look at the sync that is on its stream. Does not wait.
+    pub fn poll(&self) -> Result<bool> {
+        // Whoever else looks at it tells.
+        let Ok(mut flight) = self.flight.try_lock() else { return Ok(false) };
+        if let (Some(flying), Phase::Connected(c)) = (&mut *flight, &self.phase) {
+            match flying.step(c.signs.as_ref()) {
+                Step::Going => return Ok(false),
+                over => self.conclude(c, flying, over),
+            }
+            *flight = None;
+        }
+        drop(flight);
+        self.control.status()
+    }
+
+    /// What a sync came to: states of parameters, figures, the answer of poll.
+    fn conclude(&self, c: &Connected, flight: &Flight, over: Step) {
+        let version = flight.header.version;
+        let (state, result, stuck) = match over {
+            Step::Going => return,
+            Step::Landed => {
+                self.count(c, &*flight.comm, flight.subset.is_some(), version, flight.begun);
+                (Some(RS_PARAM_SYNCED), Ok(()), None)
+            }
+            Step::Failed { error, landed: true, stuck } => (Some(RS_PARAM_LANDED), Err(error), stuck),
+            Step::Failed { error, landed: false, stuck } => (flight.wrote.then_some(RS_PARAM_TORN), Err(error), stuck),
+        };
+        if let Some(state) = state {
+            self.mark(c, flight.subset.as_deref(), state, version);
+        }
+        self.ended(version, &result, stuck);
+    }
+
+    /// The end of a sync, for those who ask.
+    fn ended(&self, version: u64, result: &Result<()>, stuck: Option<Stuck>) {
+        if let Err(e) = result {
+            log::error!("sync of version {version} failed: {e}");
+            lock(&self.stats).failure = Some(e.text().to_string());
+            if e.status() <= RS_ERR_TIMEOUT {
+                *lock(&self.broken) = Some(Broken { why: e.text().to_string(), stuck });
+            }
+        }
+        self.control.ended(result);
+    }
+
+    /// An error while a sync is on its stream; what the last one left is taken over.
+    pub(super) fn settled(&mut self) -> Result<()> {
+        if let Some(flight) = held(&mut self.flight) {
+            bail!(
+                RS_ERR_STATE,
+                "the sync of version {} is in progress: call rs_container_poll() until it says that it has ended",
+                flight.header.version
+            );
+        }
+        self.break_off();
+        Ok(())
+    }
+
+    /// Ends the connection, if it broke.
+    pub(super) fn break_off(&mut self) {
+        let Some(Broken { why, stuck }) = held(&mut self.broken).take() else { return };
+        if let (Phase::Connected(c), Some(stuck)) = (std::mem::replace(&mut self.phase, Phase::Failed(why)), stuck) {
+            self.wrecks.push(Wreck::new(stuck, c));
+        }
+    }
+
+    /// Figures of a sync that every rank has landed.
+    fn count(&self, c: &Connected, comm: &dyn Comm, subset: bool, version: u64, begun: Instant) {
+        let work = &c.chosen(subset).work;
+        let mut s = lock(&self.stats);
+        (s.version, s.bytes) = (version, work.bytes);
+        s.rounds = work.group.as_ref().map_or(0, |g| g.rounds());
+        s.staging_bytes = work.group.as_ref().map_or(0, |g| g.staging()) + comm.pipe().map_or(0, |p| p.bytes());
+        s.seconds = begun.elapsed().as_secs_f64();
+        s.syncs += 1;
+        s.failure = None;
+        log::debug!("version {version} in {:.3} s", s.seconds);
+    }
+
+    /// Puts one version on the stream. Fails only when nothing of it runs any more, unless it is stuck.
+    fn put(&mut self, comm: &Arc<dyn Comm>, c: &mut Connected, request: &Sync, turn: Turn) -> Result<()> {
+        let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
+        c.number += 1;
+        let ready = self.device.check_stream(request.stream);
+        // Before the header: whoever has that, may let its stream wait for ours.
+        let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
+        let subset = ready.and_then(|()| self.subset(c, request));
+        let header = self.header(c, request, &subset);
+        let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
+        // All ranks see the same headers: where one stops here, all do, and nothing has moved.
+        let headers = gather(&**comm, &header, deadline).map_err(fatal);
+        let agreed = headers.and_then(|h| subset.and_then(|s| compare(comm.rank(), &h, &header).map(|()| (h, s))));
+        let put = match agreed {
+            Err(e) if e.status() > RS_ERR_TIMEOUT => {
+                let refused = Err(e);
+                self.ended(request.version, &refused, None);
+                return refused;
+            }
+            Err(e) => Err(e),
+            Ok((headers, subset)) => {
+                flight.subset = subset;
+                self.take_off(c, &headers, &mut flight)
+            }
+        };
+        let Err(error) = put else {
+            *held(&mut self.flight) = Some(flight);
+            self.control.took_off();
+            return Ok(());
+        };
+        if flight.end.is_none() {
+            let mut end = self.device.record(request.stream);
+            if end.is_err() {
+                end = self.device.record(request.stream);
+            }
+            flight.stuck |= end.is_err();
+            flight.end = end.ok();
+        }
+        flight.fail(error, c.signs.as_ref());
+        let over = finish(&mut flight, c.signs.as_ref());
+        let error = match &over {
+            Step::Failed { error, .. } => error.clone(),
+            _ => err!(RS_ERR_INTERNAL, "a failed sync that landed"),
+        };
+        self.conclude(c, &flight, over);
+        Err(error)
+    }
+
+    /// Everything from the header to the mark at its end on the stream.
+    fn take_off(&mut self, c: &mut Connected, headers: &[Header], flight: &mut Flight) -> Result<()> {
+        let comm = flight.comm.clone();
+        self.arrange(&*comm, c, headers, &flight.header, flight.subset.as_deref(), flight.deadline)?;
+        let Ready { work, batches } = c.chosen(flight.subset.is_some());
+        let (wrote, stuck) = (AtomicBool::new(false), AtomicBool::new(false));
+        if let Some(batches) = batches {
+            let run = Run {
+                device: &self.device,
+                comm: &*comm,
+                places: Places { mems: &self.mems, windows: &c.links.windows },
+                batches: Some(batches),
+                stream: flight.stream,
+                threads: 1,
+                deadline: flight.deadline,
+                wrote: &wrote,
+                stuck: &stuck,
+            };
+            let put = run.enqueue(work, batches, c.signs.as_ref().map(|s| (s, flight.number)));
+            (flight.wrote, flight.stuck) = (wrote.into_inner(), stuck.into_inner());
+            put?;
+        }
+        if comm.windows().is_some() {
+            // After this, all readers have said on their streams when they are done.
+            comm.allgather(&[0], flight.deadline)?;
+            c.signs.as_ref().map_or(Ok(()), |s| s.take_back(flight.stream, flight.number))?;
+        }
+        flight.end = Some(self.device.record(flight.stream)?);
+        Ok(())
+    }
+
+    /// What this rank says of its sync.
+    fn header(&self, c: &Connected, request: &Sync, subset: &Result<Option<Vec<bool>>>) -> Header {
+        Header {
+            version: request.version,
+            plan: c.digest,
+            subset: subset.as_ref().ok().and_then(Option::as_deref).map_or(0, digest),
+            binding: self.binding,
+            status: subset.as_ref().err().map_or(RS_OK, Error::status),
+        }
+    }
+
+    /// Moves one version, and waits for it.
     fn version(&mut self, comm: &dyn Comm, c: &mut Connected, request: &Sync, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let begun = Instant::now();
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
@@ -50,28 +232,15 @@ impl Container {
         let ready = self.device.check_stream(request.stream);
         let ready = ready.and_then(|()| settle(&*self.device, request.stream, comm, deadline));
         let subset = ready.and_then(|()| self.subset(c, request));
-        let chosen = subset.as_ref().ok().and_then(Option::as_deref);
-        let mine = Header {
-            version: request.version,
-            plan: c.digest,
-            subset: chosen.map_or(0, digest),
-            binding: self.binding,
-            status: subset.as_ref().err().map_or(RS_OK, Error::status),
-        };
+        let mine = self.header(c, request, &subset);
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
-        let fatal = |e: Error| if e.status() <= RS_ERR_TIMEOUT { give_up(comm, e) } else { e };
-        let subset = subset.map_err(fatal)?;
+        let stop = |e: Error| if e.status() <= RS_ERR_TIMEOUT { give_up(comm, e) } else { e };
+        let subset = subset.map_err(stop)?;
         compare(comm.rank(), &headers, &mine)?;
         let wrote = AtomicBool::new(false);
         let landed = self.land(comm, c, request.stream, (&mine, &headers), subset.as_deref(), &wrote, deadline, progress);
-        let agreed = landed.clone().and_then(|()| {
-            let all = gather(comm, &mine, deadline)?;
-            match all.iter().position(|h| (h.version, h.status) != (mine.version, RS_OK)) {
-                None => Ok(()),
-                Some(rank) => Err(err!(RS_ERR_PEER, "rank {rank} left the sync of version {}", mine.version)),
-            }
-        });
+        let agreed = landed.clone().and_then(|()| agreed(&mine, &comm.allgather(&mine.encode(), deadline)?));
         let agreed = agreed.map_err(|e| give_up(comm, e));
         let state = match (&landed, &agreed) {
             (_, Ok(())) => Some(RS_PARAM_SYNCED),
@@ -82,17 +251,29 @@ impl Container {
             self.mark(c, subset.as_deref(), state, request.version);
         }
         if agreed.is_ok() {
-            let work = &c.chosen(subset.is_some()).work;
-            let s = &mut self.stats;
-            (s.version, s.bytes) = (request.version, work.bytes);
-            s.rounds = work.group.as_ref().map_or(0, |g| g.rounds());
-            s.staging_bytes = work.group.as_ref().map_or(0, |g| g.staging()) + comm.pipe().map_or(0, |p| p.bytes());
-            s.seconds = begun.elapsed().as_secs_f64();
-            s.syncs += 1;
-            s.failure = None;
-            log::debug!("version {} in {:.3} s", request.version, s.seconds);
+            self.count(c, comm, subset.is_some(), request.version, begun);
         }
         agreed
+    }
+
+    /// New addresses of other ranks, and the lists of a new subset.
+    fn arrange(
+        &self,
+        comm: &dyn Comm,
+        c: &mut Connected,
+        headers: &[Header],
+        mine: &Header,
+        subset: Option<&[bool]>,
+        deadline: Deadline,
+    ) -> Result<()> {
+        if headers.iter().zip(&c.bindings).any(|(h, &known)| h.binding != known) {
+            self.open(comm, c, deadline)?;
+            c.bindings = headers.iter().map(|h| h.binding).collect();
+        }
+        if subset.is_some() && c.subset.as_ref().is_none_or(|s| s.0 != mine.subset) {
+            c.subset = Some((mine.subset, self.ready(comm, c, subset)?));
+        }
+        Ok(())
     }
 
     /// Everything between the header and the agreement.
@@ -108,13 +289,7 @@ impl Container {
         deadline: Deadline,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
-        if headers.iter().zip(&c.bindings).any(|(h, &known)| h.binding != known) {
-            self.open(comm, c, deadline)?;
-            c.bindings = headers.iter().map(|h| h.binding).collect();
-        }
-        if subset.is_some() && c.subset.as_ref().is_none_or(|s| s.0 != mine.subset) {
-            c.subset = Some((mine.subset, self.ready(comm, c, subset)?));
-        }
+        self.arrange(comm, c, headers, mine, subset, deadline)?;
         let Ready { work, batches } = c.chosen(subset.is_some());
         let places = Places { mems: &self.mems, windows: &c.links.windows };
         let (device, batches, threads) = (&self.device, batches.as_ref(), self.threads);
@@ -168,15 +343,16 @@ impl Container {
     }
 
     /// Sets the state of the buffers that hold chosen tensors only. Sources are never torn: a sync does not write them.
-    fn mark(&mut self, c: &Connected, subset: Option<&[bool]>, state: u32, version: u64) {
+    fn mark(&self, c: &Connected, subset: Option<&[bool]>, state: u32, version: u64) {
         // A parameter without tiles holds padding only: it is whole when everything is.
-        let mut whole = vec![subset.is_none().then_some(true); self.params.len()];
+        let mut params = lock(&self.params);
+        let mut whole = vec![subset.is_none().then_some(true); params.len()];
         for tile in self.layout.tiles() {
             let inside = subset.is_none_or(|s| s[c.ordinals[tile.tensor as usize] as usize]);
             let known = &mut whole[tile.buffer as usize];
             *known = Some(inside && known.unwrap_or(true));
         }
-        for ((param, buffer), whole) in self.params.iter_mut().zip(self.layout.buffers()).zip(whole) {
+        for ((param, buffer), whole) in params.iter_mut().zip(self.layout.buffers()).zip(whole) {
             if whole == Some(true) && (buffer.role & RS_TARGET != 0 || state == RS_PARAM_SYNCED) {
                 param.state = state;
                 if state != RS_PARAM_TORN {
@@ -194,7 +370,31 @@ pub(super) fn give_up(comm: &dyn Comm, e: Error) -> Error {
     if let Some(windows) = comm.windows() {
         windows.revoke();
     }
+    fatal(e)
+}
+
+/// The error as one of a failed container.
+pub(super) fn fatal(e: Error) -> Error {
     if e.status() <= RS_ERR_TIMEOUT { e } else { Error::new(RS_ERR_COMM, e.text()) }
+}
+
+/// Looks at a failed sync until it is over.
+pub(super) fn finish(flight: &mut Flight, signs: Option<&Signs>) -> Step {
+    loop {
+        match flight.step(signs) {
+            Step::Going => std::thread::sleep(Duration::from_micros(20)),
+            over => return over,
+        }
+    }
+}
+
+/// Whether all ranks have landed what this one has.
+pub(super) fn agreed(mine: &Header, all: &[u8]) -> Result<()> {
+    let mut headers = all.chunks_exact(Header::LEN).map(Header::decode);
+    match headers.position(|h| (h.version, h.status) != (mine.version, RS_OK)) {
+        None => Ok(()),
+        Some(rank) => Err(err!(RS_ERR_PEER, "rank {rank} left the sync of version {}", mine.version)),
+    }
 }
 
 fn digest(chosen: &[bool]) -> u64 {

@@ -120,7 +120,32 @@ pub trait Device: Send + Sync {
     fn wait(&self, stream: Stream, event: &Event) -> Result<()>;
     /// Gives a mark back.
     fn forget(&self, event: Event);
+    /// Words that its streams write and wait for, if it can.
+    fn signals(&self) -> Option<&dyn Signals> {
+        None
+    }
 }
+
+/// Lets what is started later on `then` wait for what was started on `first`.
+pub fn order(device: &dyn Device, first: Stream, then: Stream) -> Result<()> {
+    let event = device.record(first)?;
+    let waits = device.wait(then, &event);
+    device.forget(event);
+    waits
+}
+
+/// 64-bit words of host memory by which streams of several ranks wait for each other. They only grow.
+pub trait Signals: Sync {
+    /// Lets streams use a block of host memory, until what this gives is dropped.
+    fn register(&self, words: Mem) -> Result<Registered>;
+    /// Makes the word `value` once all that is on the stream is done and can be seen by everybody.
+    fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
+    /// Lets what is started later on the stream wait until the word is at least `value`.
+    fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
+}
+
+/// Memory that streams may use as long as this lives.
+pub type Registered = Arc<dyn Any + Send + Sync>;
 
 /// How a device takes lists of copies.
 pub enum Copies<'a> {
@@ -140,6 +165,14 @@ pub trait CopyNow: Sync {
 pub trait Prepare: Sync {
     /// Makes each list ready. The addresses in it are then those that every start uses.
     fn prepare(&self, lists: &[Vec<Job<'_>>]) -> Result<Vec<Box<dyn Batch>>>;
+    /// A stream of its own, which waits for no other by itself.
+    fn stream(&self) -> Result<Box<dyn OwnStream>>;
+}
+
+/// A stream that goes when dropped; what is on it is still done.
+pub trait OwnStream: Send + Sync {
+    /// As work is put on it.
+    fn raw(&self) -> Stream;
 }
 
 /// A list of copies that is ready. Dropped when nothing that it started is running any more.

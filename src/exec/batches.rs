@@ -4,7 +4,7 @@
 use super::work::{Origin, Parcel, Step, Unit, Work};
 use super::{Staging, lost};
 use crate::comm::Window;
-use crate::device::{Batch, Copies, Device, Job, Mem};
+use crate::device::{Batch, Copies, Device, Job, Mem, OwnStream, Stream};
 use crate::error::Result;
 use std::sync::Arc;
 
@@ -57,16 +57,38 @@ pub struct Batches {
     pub after: Box<dyn Batch>,
     /// Of each round of `Work::group`: what is packed, what is unpacked.
     pub rounds: Vec<[Box<dyn Batch>; 2]>,
-    staging: Arc<Staging>,
+    own: Arc<Own>,
+}
+
+/// What lists use that never run at the same time.
+struct Own {
+    staging: Staging,
+    /// For rounds that are all put on streams: to pack, to send and receive, to unpack.
+    streams: Vec<Box<dyn OwnStream>>,
 }
 
 impl Batches {
     /// `None`: the device takes lists as they are. `other`: lists that never run at the same time, whose staging is used if it suffices.
-    pub fn new(device: &Arc<dyn Device>, places: Places<'_>, work: &Work, other: Option<&Batches>) -> Result<Option<Batches>> {
+    /// `on_streams`: the rounds are put on streams.
+    pub fn new(
+        device: &Arc<dyn Device>,
+        places: Places<'_>,
+        work: &Work,
+        other: Option<&Batches>,
+        on_streams: bool,
+    ) -> Result<Option<Batches>> {
         let Copies::Prepared(prepare) = device.copies() else { return Ok(None) };
         let bytes = work.group.as_ref().map_or(0, |g| g.staging());
-        let shared = other.map(|o| o.staging.clone()).filter(|s| s.mem().map_or(0, Mem::len) as u64 >= bytes);
-        let staging = shared.map_or_else(|| Staging::new(device.clone(), bytes).map(Arc::new), Ok)?;
+        let streams = if on_streams && work.group.is_some() { 3 } else { 0 };
+        let suffices = |own: &Arc<Own>| own.staging.mem().map_or(0, Mem::len) as u64 >= bytes && own.streams.len() >= streams;
+        let own = match other.map(|o| o.own.clone()).filter(suffices) {
+            Some(own) => own,
+            None => {
+                let streams = (0..streams).map(|_| prepare.stream()).collect::<Result<_>>()?;
+                Arc::new(Own { staging: Staging::new(device.clone(), bytes)?, streams })
+            }
+        };
+        let staging = &own.staging;
         let mut lists = vec![places.jobs(&work.units)?, places.jobs(&work.after)?];
         if let Some(group) = &work.group {
             for round in 0..group.rounds() {
@@ -79,11 +101,16 @@ impl Batches {
         let (units, after) = (next()?, next()?);
         let rounds = work.group.as_ref().map_or(0, |g| g.rounds());
         let rounds = (0..rounds).map(|_| Ok([next()?, next()?])).collect::<Result<_>>()?;
-        Ok(Some(Batches { units, after, rounds, staging }))
+        Ok(Some(Batches { units, after, rounds, own }))
     }
 
     /// The staging that the lists of the rounds use.
     pub fn staging(&self) -> Option<Mem> {
-        self.staging.mem()
+        self.own.staging.mem()
+    }
+
+    /// The streams that the rounds are put on.
+    pub(super) fn streams(&self) -> Vec<Stream> {
+        self.own.streams.iter().map(|s| s.raw()).collect()
     }
 }

@@ -1,5 +1,7 @@
-//! Rounds of grouped sends and receives through our own staging: pack of round i+1, wire of round i, unpack of round i-1 overlap, but where
-//! device and communicator work on one stream (NCCL).
+//! Rounds of grouped sends and receives through our own staging: pack of round i+1, wire of round i, unpack of round i-1 overlap.
+//!
+//! A communicator that works on streams gets all rounds at once, on streams of our own that fork from the caller's and join it again;
+//! others are waited for round by round.
 //!
 //! Staging has two halves, used by turns; each half holds one message to and one from every peer, so it takes at most
 //! 4 * peers * message size. A message that is one contiguous block of a buffer goes from or to that buffer itself.
@@ -8,9 +10,10 @@
 use super::batches::{Batches, Places};
 use super::work::{Lane, Parcel};
 use super::{Run, Staging, lost};
-use crate::device::{Job, Mem};
+use crate::comm::Group;
+use crate::device::{Device, Event, Job, Mem, Stream, order};
 use crate::error::{Result, err};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -80,6 +83,43 @@ impl Rounds {
         out
     }
 
+    /// Puts all rounds on streams. The caller's stream comes behind all that was put on them, also after an error, unless the run is stuck.
+    pub fn enqueue(&self, run: &Run<'_>, batches: &Batches) -> Result<()> {
+        let streams = batches.streams();
+        let device = &**run.device;
+        let out = streams.iter().try_for_each(|&s| order(device, run.stream, s)).and_then(|()| self.enqueue_on(run, batches, &streams));
+        let joined = streams.iter().map(|&s| order(device, s, run.stream)).fold(Ok(()), Result::and);
+        if joined.is_err() {
+            run.stuck.store(true, Ordering::Relaxed);
+        }
+        out.and(joined)
+    }
+
+    fn enqueue_on(&self, run: &Run<'_>, batches: &Batches, streams: &[Stream]) -> Result<()> {
+        let &[pack, wire, unpack] = streams else { return Err(lost("a stream for the rounds")) };
+        let device = &**run.device;
+        // Of the last two rounds, which use the two halves of the staging: after the messages, after the unpacking.
+        let mut before: VecDeque<[Mark<'_>; 2]> = VecDeque::new();
+        for (round, [packing, unpacking]) in batches.rounds.iter().enumerate() {
+            if let Some([sent, unpacked]) = if round < 2 { None } else { before.pop_front() } {
+                sent.before(pack)?;
+                unpacked.before(wire)?;
+            }
+            packing.start(pack)?;
+            order(device, pack, wire)?;
+            self.start(run, round, batches.staging(), wire)?;
+            self.on_stream(run)?;
+            let sent = Mark::new(device, wire)?;
+            sent.before(unpack)?;
+            if self.lanes.iter().any(|l| l.into.len() > round) {
+                run.wrote.store(true, Ordering::Relaxed);
+            }
+            unpacking.start(unpack)?;
+            before.push_back([sent, Mark::new(device, unpack)?]);
+        }
+        Ok(())
+    }
+
     fn all(&self, run: &Run<'_>, staging: Option<Mem>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let mut flight = None;
         for round in 0..self.rounds {
@@ -87,10 +127,10 @@ impl Rounds {
             run.settle()?;
             if let Some(before) = flight.take() {
                 self.wait(run)?;
-                self.start(run, round, staging)?;
+                self.start(run, round, staging, run.stream)?;
                 self.unpack(run, before, staging, done)?;
             } else {
-                self.start(run, round, staging)?;
+                self.start(run, round, staging, run.stream)?;
             }
             flight = Some(round);
             progress(done.load(Ordering::Relaxed));
@@ -146,27 +186,37 @@ impl Rounds {
         }
     }
 
-    fn start(&self, run: &Run<'_>, round: usize, staging: Option<Mem>) -> Result<()> {
+    fn start(&self, run: &Run<'_>, round: usize, staging: Option<Mem>, stream: Stream) -> Result<()> {
         let group = run.comm.group().ok_or_else(|| lost("the communicator's group"))?;
         group.begin()?;
         for (i, lane) in self.lanes.iter().enumerate() {
             if let Some(p) = lane.out.get(round) {
-                group.send(self.place(run, staging, round, i, 0, p)?, lane.peer, run.stream)?;
+                group.send(self.place(run, staging, round, i, 0, p)?, lane.peer, stream)?;
             }
             if let Some(p) = lane.into.get(round) {
                 if direct(p, &self.staged).is_some() {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
-                group.recv(self.place(run, staging, round, i, 1, p)?, lane.peer, run.stream)?;
+                group.recv(self.place(run, staging, round, i, 1, p)?, lane.peer, stream)?;
             }
         }
         group.end()
     }
 
+    /// Waits until the groups that were started are complete.
     fn wait(&self, run: &Run<'_>) -> Result<()> {
+        self.until(run, |group| group.poll())
+    }
+
+    /// Waits until the groups that were started are on their stream.
+    fn on_stream(&self, run: &Run<'_>) -> Result<()> {
+        self.until(run, |group| group.enqueued())
+    }
+
+    fn until(&self, run: &Run<'_>, so: impl Fn(&dyn Group) -> Result<bool>) -> Result<()> {
         let group = run.comm.group().ok_or_else(|| lost("the communicator's group"))?;
         let mut pause = Duration::from_micros(10);
-        while !group.poll()? {
+        while !so(group)? {
             run.comm.check()?;
             run.deadline.check(|| "the communicator to complete a group of sends and receives".into())?;
             std::thread::sleep(pause);
@@ -203,6 +253,31 @@ impl Rounds {
             ));
         }
         Ok(())
+    }
+}
+
+/// A point in a stream, given back when dropped.
+struct Mark<'a> {
+    device: &'a dyn Device,
+    event: Option<Event>,
+}
+
+impl<'a> Mark<'a> {
+    fn new(device: &'a dyn Device, stream: Stream) -> Result<Mark<'a>> {
+        Ok(Mark { device, event: Some(device.record(stream)?) })
+    }
+
+    /// Lets what is started later on the stream wait for it.
+    fn before(&self, stream: Stream) -> Result<()> {
+        self.event.iter().try_for_each(|event| self.device.wait(stream, event))
+    }
+}
+
+impl Drop for Mark<'_> {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            self.device.forget(event);
+        }
     }
 }
 

@@ -4,11 +4,15 @@
 //! communicator lends; or staging of our own is sent and received in rounds. [`work`] turns pieces into lists of copies once a plan,
 //! this file runs the first two ways, [`group`] the third; [`batches`] makes the lists ready for a device that wants that.
 //!
+//! [`Run::run`] returns when all is done. Where lists are ready and others' streams can be waited for ([`signs`], or a communicator that
+//! works on streams), [`Run::enqueue`] puts all of it on the caller's stream and returns.
+//!
 //! Knows copies, ranks, messages. Must not know tensors' names, versions, or how the others were agreed with.
 #![forbid(unsafe_code)]
 
 pub mod batches;
 pub mod group;
+pub mod signs;
 pub mod work;
 
 use crate::abi::{RS_DEVICE_CPU, RS_ERR_DEVICE, RS_ERR_INTERNAL, RS_ERR_MEMORY};
@@ -16,6 +20,7 @@ use crate::comm::{Comm, Deadline, Window, Windows};
 use crate::device::{Copies, Device, Job, Mem, Stream};
 use crate::error::{Result, err};
 use batches::{Batches, Places};
+use signs::Signs;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,7 +30,7 @@ use work::{Lane, Origin, Parcel, Unit, Work};
 const SLICE: Duration = Duration::from_millis(5);
 
 /// How long a device may take beyond the deadline for copies that were started.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// All that one sync needs besides its [`Work`].
 pub struct Run<'a> {
@@ -82,6 +87,26 @@ impl Run<'_> {
         self.settle()?;
         progress(done.load(Ordering::Relaxed));
         Ok(())
+    }
+
+    /// Puts everything on the stream, behind what is there and, with words, behind the owners' streams. `signs`: the words, and the
+    /// number of this sync. An error may leave a part of it on the stream.
+    pub fn enqueue(&self, work: &Work, batches: &Batches, signs: Option<(&Signs, u64)>) -> Result<()> {
+        if let Some((signs, number)) = signs {
+            signs.enter(self.stream, number)?;
+        }
+        if !work.units.is_empty() {
+            self.wrote.store(true, Ordering::Relaxed);
+            batches.units.start(self.stream)?;
+        }
+        if let Some((signs, number)) = signs {
+            signs.leave(self.stream, number)?;
+        }
+        if let Some(group) = &work.group {
+            group.enqueue(self, batches)?;
+        }
+        // Doubles read what has just landed.
+        batches.after.start(self.stream)
     }
 
     fn settle(&self) -> Result<()> {

@@ -11,13 +11,15 @@ use crate::layout::Layout;
 use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
-use std::sync::{Arc, RwLock, TryLockError};
+use std::sync::{Arc, Mutex, RwLock, TryLockError};
 
 /// What an rs_container_t is: a container, taken by one changing call or by any number of reading ones at a time.
 pub struct Handle {
     label: CString,
     control: Arc<Control>,
     inner: RwLock<Named>,
+    /// Held by who looks at a sync in progress, which makes him a reader for a moment.
+    polling: Mutex<()>,
 }
 
 /// A container with its buffers' names as C wants them and their virtual-pipeline chunks, replaced together.
@@ -41,7 +43,7 @@ impl Handle {
         if let Some(device) = foreign {
             device.own();
         }
-        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names, chunks }) };
+        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names, chunks }), polling: Mutex::default() };
         Ok(Box::into_raw(Box::new(handle)).cast())
     }
 
@@ -72,10 +74,19 @@ impl Handle {
         self.control.abort("rs_container_abort() was called");
     }
 
-    /// How the last sync stands. Never kept waiting either.
+    /// How the last sync stands, after a look at one that is on its stream. Never kept waiting either.
     pub fn status(&self) -> Result<bool> {
         if self.inner.is_poisoned() {
             return Err(self.named(broken()));
+        }
+        if self.control.flying() {
+            let _label = logger::labelled(&self.label);
+            let Ok(_polling) = self.polling.try_lock() else { return Ok(false) };
+            return match self.inner.try_read() {
+                Ok(named) => named.container.poll().map_err(|e| self.named(e)),
+                // Inside is somebody who will be told that a sync is in progress.
+                Err(_) => Ok(false),
+            };
         }
         self.control.status().map_err(|e| self.named(e))
     }
@@ -90,7 +101,15 @@ impl Handle {
     /// its communicator.
     pub fn write<R>(&self, body: impl FnOnce(&mut Named) -> Result<R>) -> Result<R> {
         let _label = logger::labelled(&self.label);
-        let mut inner = self.inner.try_write().map_err(|e| self.named(refusal(e)))?;
+        let inner = self.inner.try_write().or_else(|e| match e {
+            // Whoever only looks at a sync in progress is soon done.
+            TryLockError::WouldBlock => {
+                let _polling = self.polling.lock();
+                self.inner.try_write()
+            }
+            poisoned => Err(poisoned),
+        });
+        let mut inner = inner.map_err(|e| self.named(refusal(e)))?;
         match catch_unwind(AssertUnwindSafe(|| body(&mut inner))) {
             Ok(result) => result.map_err(|e| self.named(e)),
             Err(payload) => {

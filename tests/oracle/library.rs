@@ -276,7 +276,14 @@ impl Container {
             progress_user: null_mut(),
         };
         // SAFETY: the handle is live, the struct whole, and the names live during the call.
-        restoring(|| unsafe { rs_sync_weights(self.handle, &request) })
+        restoring(|| unsafe {
+            let mut status = rs_sync_weights(self.handle, &request);
+            while status == RS_IN_PROGRESS {
+                std::thread::sleep(std::time::Duration::from_micros(20));
+                status = rs_container_poll(self.handle);
+            }
+            status
+        })
     }
 
     /// What may end a call of this container from another thread, while the container lives.

@@ -52,6 +52,25 @@ pub struct Mesh {
     process: u32,
 }
 
+/// How far a swap is.
+#[derive(Debug)]
+pub struct Swap {
+    sent: Vec<Progress>,
+    unsent: Vec<u32>,
+    got: Vec<Option<Frame>>,
+}
+
+impl Swap {
+    /// One that has not begun.
+    pub fn new(from: &[u32]) -> Swap {
+        Swap { sent: vec![], unsent: vec![], got: from.iter().map(|_| None).collect() }
+    }
+
+    fn frames(&mut self) -> Vec<Frame> {
+        std::mem::take(&mut self.got).into_iter().flatten().collect()
+    }
+}
+
 /// What has come from all ranks.
 #[derive(Debug)]
 struct Incoming {
@@ -132,50 +151,92 @@ impl Mesh {
         doing: &str,
         deadline: Deadline,
     ) -> Result<Vec<Frame>> {
-        let mut sent = vec![Progress::default(); out.len()];
-        let mut got: Vec<Option<Frame>> = from.iter().map(|_| None).collect();
-        let mut unsent = vec![];
+        let mut swap = Swap::new(from);
         loop {
-            self.failed()?;
-            unsent.clear();
-            for ((to, letter), progress) in out.iter().zip(&mut sent) {
-                if !progress.done {
-                    if let Err(e) = self.link(*to)?.socket.push(letter, progress) {
-                        self.lost(incoming, *to, &e);
-                    }
-                    if !progress.done {
-                        unsent.push(*to);
-                    }
-                }
+            if self.step(incoming, out, kind, from, doing, &mut swap, deadline)? {
+                return Ok(swap.frames());
             }
-            let mut missing = unsent.clone();
-            for (&rank, slot) in from.iter().zip(&mut got) {
-                if slot.is_none() {
-                    *slot = incoming.boxes[rank as usize].frames.pop_front();
-                    match slot {
-                        Some(frame) if frame.kind != kind => bail!(
-                            RS_ERR_MISMATCH,
-                            "{} is in {}, rank {} in {}: ranks make their calls in different orders",
-                            self.who(rank),
-                            frame.kind.text(),
-                            self.rank,
-                            kind.text()
-                        ),
-                        Some(_) => {}
-                        None => missing.push(rank),
-                    }
-                }
-            }
-            if missing.is_empty() {
-                return Ok(got.into_iter().flatten().collect());
-            }
-            // Who is gone but has given all that we want from it is no reason to fail.
-            if let Some(gone) = missing.iter().find_map(|&r| incoming.gone[r as usize].as_ref()) {
-                return Err(gone.clone());
-            }
-            deadline.check(|| format!("{} to {doing}", self.list(&missing)))?;
-            self.look(incoming, &unsent, deadline.left())?;
+            self.look(incoming, &swap.unsent, deadline.left())?;
         }
+    }
+
+    /// Goes on with a swap of these letters without waiting; `None`: it is not done yet. Any error ends the mesh.
+    pub fn try_swap(
+        &self,
+        out: &[(u32, Letter<'_>)],
+        kind: Kind,
+        from: &[u32],
+        doing: &str,
+        swap: &mut Swap,
+        deadline: Deadline,
+    ) -> Result<Option<Vec<Frame>>> {
+        // Another thread looks at the sockets, but for a moment.
+        let Ok(mut incoming) = self.incoming.try_lock() else { return Ok(None) };
+        let mut go = || {
+            self.look(&mut incoming, &[], Duration::ZERO)?;
+            self.step(&mut incoming, out, kind, from, doing, swap, deadline)
+        };
+        Ok(if go().map_err(|e| self.fail(e))? { Some(swap.frames()) } else { None })
+    }
+
+    /// Sends and takes what goes without waiting; whether that was the rest. An error if more cannot come.
+    #[allow(clippy::too_many_arguments)] // A swap is what all of them say.
+    fn step(
+        &self,
+        incoming: &mut Incoming,
+        out: &[(u32, Letter<'_>)],
+        kind: Kind,
+        from: &[u32],
+        doing: &str,
+        swap: &mut Swap,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        self.failed()?;
+        swap.sent.resize(out.len(), Progress::default());
+        swap.unsent.clear();
+        for ((to, letter), progress) in out.iter().zip(&mut swap.sent) {
+            if !progress.done {
+                if let Err(e) = self.link(*to)?.socket.push(letter, progress) {
+                    self.lost(incoming, *to, &e);
+                }
+                if !progress.done {
+                    swap.unsent.push(*to);
+                }
+            }
+        }
+        let mut missing = swap.unsent.clone();
+        for (&rank, slot) in from.iter().zip(&mut swap.got) {
+            if slot.is_none() {
+                *slot = incoming.boxes[rank as usize].frames.pop_front();
+                match slot {
+                    Some(frame) if frame.kind != kind => bail!(
+                        RS_ERR_MISMATCH,
+                        "{} is in {}, rank {} in {}: ranks make their calls in different orders",
+                        self.who(rank),
+                        frame.kind.text(),
+                        self.rank,
+                        kind.text()
+                    ),
+                    Some(_) => {}
+                    None => missing.push(rank),
+                }
+            }
+        }
+        // Who is gone but has given all that we want from it is no reason to fail.
+        if let Some(gone) = missing.iter().find_map(|&r| incoming.gone[r as usize].as_ref()) {
+            return Err(gone.clone());
+        }
+        if !missing.is_empty() {
+            deadline.check(|| format!("{} to {doing}", self.list(&missing)))?;
+        }
+        Ok(missing.is_empty())
+    }
+
+    /// Whether a rank's process is known to have ended. Also after a failure.
+    pub fn gone(&self, rank: u32) -> bool {
+        let process = self.links.get(rank as usize).and_then(|l| l.as_ref()?.process.as_ref());
+        let mut fds = [sys::watch(process.map(|p| p.as_fd()), libc::POLLIN)];
+        sys::poll(&mut fds, Duration::ZERO).is_ok() && fds[0].revents != 0
     }
 
     /// The error that ended the mesh, or that a rank's end now ends it with. Looks at the sockets at most once a millisecond.

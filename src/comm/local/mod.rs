@@ -14,19 +14,22 @@ mod rendezvous;
 mod ring;
 pub mod segment;
 mod socket;
-mod sys;
+pub(super) mod sys;
 mod vmread;
 mod windows;
 
-use super::{Comm, Deadline, Opened, Pipe, Window, Windows};
+use super::page::Page;
+use super::{Comm, Deadline, Later, Opened, Pipe, Window, Windows};
 use crate::abi::*;
 use crate::device::Mem;
 use crate::error::{Result, err};
 use crate::geom::StridedCopy;
-use mesh::Mesh;
+use mesh::{Mesh, Swap};
 use pipe::Pipes;
-use socket::{Kind, Letter};
-use std::sync::Arc;
+use socket::{Frame, Kind, Letter};
+use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How memory that is not from `rs_mem_alloc` moves, whatever measures faster.
@@ -44,6 +47,49 @@ struct Local {
     force: Option<Force>,
     mapped: windows::Mapped,
     pipes: Pipes,
+    taken: AtomicBool,
+    begun: Mutex<Option<Begun>>,
+}
+
+/// A gather that was begun.
+enum Begun {
+    /// This rank's part, and how far it is.
+    Going(Vec<u8>, Swap),
+    Ended(Vec<u8>),
+}
+
+impl Local {
+    /// Goes on with a gather without waiting.
+    fn go_on(&self, begun: &mut Begun, deadline: Deadline) -> Result<()> {
+        let Begun::Going(mine, swap) = begun else { return Ok(()) };
+        let others = self.mesh.others();
+        let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[] };
+        let out: Vec<_> = others.iter().map(|&r| (r, letter)).collect();
+        if let Some(frames) = self.mesh.try_swap(&out, Kind::Gather, &others, "gather", swap, deadline)? {
+            *begun = Begun::Ended(self.gathered(mine, frames)?);
+        }
+        Ok(())
+    }
+
+    /// What a gather of this rank's part and the others' frames gives.
+    fn gathered(&self, mine: &[u8], frames: Vec<Frame>) -> Result<Vec<u8>> {
+        let mut frames = frames.into_iter();
+        let mut all = Vec::with_capacity(mine.len() * self.mesh.world as usize);
+        for rank in 0..self.mesh.world {
+            if rank == self.mesh.rank {
+                all.extend_from_slice(mine);
+                continue;
+            }
+            let theirs = frames.next().map_or_else(Vec::new, |f| f.bytes);
+            if theirs.len() != mine.len() {
+                let who = self.mesh.who(rank);
+                let e = err!(RS_ERR_MISMATCH, "{who} gathers {} bytes, rank {} {}", theirs.len(), self.mesh.rank, mine.len());
+                return Err(self.mesh.fail(e));
+            }
+            all.extend_from_slice(&theirs);
+        }
+        Ok(all)
+    }
 }
 
 /// Joins the run `name` of `world` processes (or threads) of one user on one host as `rank`: collective. Returns when all have joined,
@@ -63,7 +109,8 @@ pub fn join(name: &str, rank: u32, world: u32, timeout: Duration, force: Option<
     log::info!(
         "rank {rank} of {world} joined local '{name}': memory of rs_mem_alloc is mapped by its readers, other memory {other}"
     );
-    Ok(Arc::new(Local { mesh, force, mapped: windows::Mapped::default(), pipes: Pipes::new(world) }))
+    let (mapped, pipes) = (windows::Mapped::default(), Pipes::new(world));
+    Ok(Arc::new(Local { mesh, force, mapped, pipes, taken: AtomicBool::new(false), begun: Mutex::default() }))
 }
 
 impl Comm for Local {
@@ -83,22 +130,8 @@ impl Comm for Local {
         let others = self.mesh.others();
         let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[] };
         let out: Vec<_> = others.iter().map(|&r| (r, letter)).collect();
-        let mut frames = self.mesh.swap(&out, Kind::Gather, &others, "gather", deadline)?.into_iter();
-        let mut all = Vec::with_capacity(mine.len() * self.mesh.world as usize);
-        for rank in 0..self.mesh.world {
-            if rank == self.mesh.rank {
-                all.extend_from_slice(mine);
-                continue;
-            }
-            let theirs = frames.next().map_or_else(Vec::new, |f| f.bytes);
-            if theirs.len() != mine.len() {
-                let who = self.mesh.who(rank);
-                let e = err!(RS_ERR_MISMATCH, "{who} gathers {} bytes, rank {} {}", theirs.len(), self.mesh.rank, mine.len());
-                return Err(self.mesh.fail(e));
-            }
-            all.extend_from_slice(&theirs);
-        }
-        Ok(all)
+        let frames = self.mesh.swap(&out, Kind::Gather, &others, "gather", deadline)?;
+        self.gathered(mine, frames)
     }
 
     fn abort(&self, why: &str) {
@@ -107,6 +140,14 @@ impl Comm for Local {
 
     fn check(&self) -> Result<()> {
         self.mesh.check()
+    }
+
+    fn gone(&self, rank: u32) -> bool {
+        self.mesh.gone(rank)
+    }
+
+    fn later(&self) -> Option<&dyn Later> {
+        Some(self)
     }
 
     fn windows(&self) -> Option<&dyn Windows> {
@@ -118,9 +159,50 @@ impl Comm for Local {
     }
 }
 
+impl Later for Local {
+    fn taken(&self) -> &AtomicBool {
+        &self.taken
+    }
+
+    fn begin(&self, mine: &[u8]) -> Result<()> {
+        self.check()?;
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = begun.insert(Begun::Going(mine.to_vec(), Swap::new(&self.mesh.others())));
+        // The others need it now, whenever the end is asked for.
+        self.go_on(begun, Deadline::never())
+    }
+
+    fn ended(&self, deadline: Deadline) -> Result<Option<Vec<u8>>> {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        self.go_on(begun.as_mut().ok_or_else(|| err!(RS_ERR_INTERNAL, "the end of a gather that was not begun"))?, deadline)?;
+        Ok(match begun.take() {
+            Some(Begun::Ended(all)) => Some(all),
+            going => {
+                *begun = going;
+                None
+            }
+        })
+    }
+}
+
 impl Windows for Local {
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened> {
         windows::exchange(&self.mesh, &self.mapped, self.force, offers, owners, deadline)
+    }
+
+    fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>> {
+        let (page, file) = Page::new(words).map_err(|e| self.mesh.fail(e))?;
+        let letter = Letter { kind: Kind::Words, bytes: &[], memory: &[file.as_fd()] };
+        let out: Vec<_> = peers.iter().map(|&r| (r, letter)).collect();
+        let frames = self.mesh.swap(&out, Kind::Words, peers, "share its words", deadline)?;
+        let mut pages = vec![Arc::new(page)];
+        for (&peer, mut frame) in peers.iter().zip(frames) {
+            match frame.memory.pop().map(Page::of).filter(|p| p.len() >= words) {
+                Some(page) => pages.push(Arc::new(page)),
+                None => return Err(self.mesh.fail(err!(RS_ERR_COMM, "{} shares less than {words} words", self.mesh.who(peer)))),
+            }
+        }
+        Ok(pages)
     }
 
     fn prefers_read(&self, _run: u64) -> bool {

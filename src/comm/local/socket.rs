@@ -26,6 +26,8 @@ pub enum Kind {
     Grant,
     /// A ring that we made. Carries it.
     Ring,
+    /// Words for streams. Carries them.
+    Words,
     /// The last one: our communicator has failed, and why.
     Failed,
     /// The last one: we need the peer no more.
@@ -35,7 +37,7 @@ pub enum Kind {
 impl Kind {
     fn known(number: u32) -> Option<Kind> {
         use Kind::*;
-        [Hello, Gather, Offer, Grant, Ring, Failed, Left].into_iter().find(|&k| k as u32 == number)
+        [Hello, Gather, Offer, Grant, Ring, Words, Failed, Left].into_iter().find(|&k| k as u32 == number)
     }
 
     /// For errors.
@@ -46,6 +48,7 @@ impl Kind {
             Kind::Offer => "an exchange of windows",
             Kind::Grant => "the end of an exchange of windows",
             Kind::Ring => "an opening of pipes",
+            Kind::Words => "a sharing of words",
             Kind::Failed | Kind::Left => "an end",
         }
     }
@@ -87,7 +90,7 @@ pub struct Frame {
     pub kind: Kind,
     /// What it says.
     pub bytes: Vec<u8>,
-    /// The shared memory that it carried, mapped: readable, and writable where both sides write it (bells and rings).
+    /// The shared memory that it carried, mapped: readable, and writable where both sides write it (bells, rings, words).
     pub memory: Vec<Mapping>,
     /// Mappings and bytes of the whole frame.
     whole: (u32, u64),
@@ -196,7 +199,7 @@ impl Inbox {
         }
         frame.bytes.extend_from_slice(body);
         for fd in &fds {
-            let mapping = Mapping::new(fd.as_fd(), matches!(kind, Kind::Hello | Kind::Ring));
+            let mapping = Mapping::new(fd.as_fd(), matches!(kind, Kind::Hello | Kind::Ring | Kind::Words));
             frame.memory.push(mapping.map_err(|e| err!(RS_ERR_COMM, "cannot map the memory that it shares: {e}"))?);
         }
         let have = (frame.memory.len() as u32, frame.bytes.len() as u64);

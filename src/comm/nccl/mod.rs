@@ -12,10 +12,10 @@
 
 mod api;
 
-use super::{Comm, Deadline, Group};
+use super::{Comm, Deadline, Group, Later};
 use crate::abi::*;
-use crate::device::cuda::{CudaDevice, OwnStream, Pinned};
-use crate::device::{Device, Event, Mem, Stream};
+use crate::device::cuda::{CudaDevice, Pinned};
+use crate::device::{Device, Event, Mem, OwnStream, Prepare, Stream};
 use crate::error::{Error, Result, bail, err};
 use api::{BYTES, Config, IN_PROGRESS, Nccl, SUCCESS, nccl};
 use cudarc::driver::sys::CUstream;
@@ -52,6 +52,7 @@ pub struct NcclComm {
     aborted: AtomicBool,
     /// Serves one gather at a time; there until the drop.
     gather: Mutex<Option<Gather>>,
+    taken: AtomicBool,
 }
 
 struct State {
@@ -77,10 +78,20 @@ struct Op {
 
 /// What a gather needs: `piece` bytes to send, then room for those of all ranks, on the GPU and pinned on the host.
 struct Gather {
-    stream: OwnStream,
+    stream: Box<dyn OwnStream>,
     piece: usize,
     device: Mem,
     host: Pinned,
+    /// What is under way.
+    begun: Option<Begun>,
+}
+
+/// A gather under way.
+struct Begun {
+    /// Bytes of each rank.
+    bytes: usize,
+    /// Of its end, as soon as that is on the stream.
+    end: Option<Event>,
 }
 
 // SAFETY: NCCL's handle may be used by any thread, one at a time, which the mutex around it sees to; the rest is safe to share.
@@ -145,8 +156,8 @@ impl NcclComm {
         let piece = (GATHER / world.max(1) as usize).max(256).next_multiple_of(256);
         let bytes = piece * (world as usize + 1);
         // What nothing gives back by itself comes last.
-        let (stream, host) = (gpu.own_stream()?, gpu.pinned(bytes)?);
-        let gather = Gather { stream, piece, host, device: gpu.alloc(bytes)? };
+        let (stream, host) = (gpu.stream()?, gpu.pinned(bytes)?);
+        let gather = Gather { stream, piece, host, device: gpu.alloc(bytes)?, begun: None };
         Ok(NcclComm {
             nccl,
             rank: rank as u32,
@@ -158,6 +169,7 @@ impl NcclComm {
             pending: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
             gather: Mutex::new(Some(gather)),
+            taken: AtomicBool::new(false),
         })
     }
 
@@ -232,44 +244,65 @@ impl NcclComm {
         }
     }
 
-    /// Gathers at most `Gather::piece` bytes of each rank.
-    fn gather(&self, g: &mut Gather, mine: &[u8], deadline: Deadline, out: &mut dyn FnMut(usize, &[u8])) -> Result<()> {
-        let n = mine.len();
-        let cut =
-            |mem: Mem, at: usize, len: usize| mem.cut(at, len).ok_or_else(|| err!(RS_ERR_INTERNAL, "a gather of {len} bytes"));
-        let (from, to) = (cut(g.device, 0, n)?, cut(g.device, g.piece, n * self.world as usize)?);
-        let (sent, got) = (cut(g.host.mem(), 0, n)?, cut(g.host.mem(), g.piece, n * self.world as usize)?);
+    /// Begins a gather of at most `Gather::piece` bytes of each rank.
+    fn start(&self, g: &mut Gather, mine: &[u8]) -> Result<()> {
+        let bytes = mine.len();
+        let (from, to) = (cut(g.device, 0, bytes)?, cut(g.device, g.piece, bytes * self.world as usize)?);
         let stream = g.stream.raw();
         g.host.write(mine)?;
-        self.gpu.transfer(from, sent, stream)?;
+        self.gpu.transfer(from, cut(g.host.mem(), 0, bytes)?, stream)?;
         self.call("ncclAllGather", |comm| {
             // SAFETY: a live communicator; so many bytes of memory of its GPU, ours until the stream has done it.
-            unsafe { (self.nccl.ncclAllGather)(pointer(from), pointer(to), n, BYTES, comm, handle(stream)) }
+            unsafe { (self.nccl.ncclAllGather)(pointer(from), pointer(to), bytes, BYTES, comm, handle(stream)) }
         })?;
-        let wait = || deadline.check(|| format!("all {} ranks to come to a gather", self.world));
-        while !self.enqueued()? {
-            wait()?;
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        self.gpu.transfer(got, to, stream)?;
-        let end = self.gpu.record(stream)?;
-        let done = loop {
-            match self.gpu.query(&end).and_then(|done| if done { Ok(true) } else { self.enqueued().and(wait()).map(|()| false) }) {
-                Ok(false) => std::thread::sleep(Duration::from_micros(20)),
-                other => break other,
-            }
-        };
-        self.gpu.forget(end);
-        done?;
-        // An abort, or a peer's error, ends what is on the stream as well, and leaves there whatever it had.
-        self.enqueued()?;
-        let mut bytes = vec![0; n];
-        for rank in 0..self.world as usize {
-            g.host.read(g.piece + rank * n, &mut bytes)?;
-            out(rank, &bytes);
-        }
+        g.begun = Some(Begun { bytes, end: None });
         Ok(())
     }
+
+    /// What the gather gave, once it is complete.
+    fn finish(&self, g: &mut Gather, deadline: Deadline) -> Result<Option<Vec<u8>>> {
+        let Some(begun) = &mut g.begun else { bail!(RS_ERR_INTERNAL, "the end of a gather that was not begun") };
+        let all = begun.bytes * self.world as usize;
+        let wait = || deadline.check(|| format!("all {} ranks to come to a gather", self.world));
+        let stream = g.stream.raw();
+        let end = match &begun.end {
+            Some(end) => end,
+            None => {
+                if !self.enqueued()? {
+                    return wait().map(|()| None);
+                }
+                self.gpu.transfer(cut(g.host.mem(), g.piece, all)?, cut(g.device, g.piece, all)?, stream)?;
+                begun.end.insert(self.gpu.record(stream)?)
+            }
+        };
+        if !self.gpu.query(end)? {
+            self.enqueued()?;
+            return wait().map(|()| None);
+        }
+        // An abort, or a peer's error, ends what is on the stream as well, and leaves there whatever it had.
+        self.enqueued()?;
+        let mut out = vec![0; all];
+        g.host.read(g.piece, &mut out)?;
+        if let Some(end) = g.begun.take().and_then(|b| b.end) {
+            self.gpu.forget(end);
+        }
+        Ok(Some(out))
+    }
+
+    fn gatherer(&self) -> MutexGuard<'_, Option<Gather>> {
+        self.gather.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs one half of a gather; any error ends the communicator.
+    fn half<T>(&self, g: Option<&mut Gather>, half: impl FnOnce(&mut Gather) -> Result<T>) -> Result<T> {
+        self.check()?;
+        let g = g.ok_or_else(|| err!(RS_ERR_INTERNAL, "no memory to gather with"))?;
+        half(g).map_err(|e| self.fail(e))
+    }
+}
+
+fn cut(mem: Mem, at: usize, len: usize) -> Result<Mem> {
+    mem.cut(at, len).ok_or_else(|| err!(RS_ERR_INTERNAL, "a gather of {len} bytes"))
 }
 
 impl Comm for NcclComm {
@@ -286,14 +319,20 @@ impl Comm for NcclComm {
     }
 
     fn allgather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<u8>> {
-        self.check()?;
-        let mut gather = self.gather.lock().unwrap_or_else(PoisonError::into_inner);
-        let g = gather.as_mut().ok_or_else(|| err!(RS_ERR_INTERNAL, "no memory to gather with"))?;
+        let mut gather = self.gatherer();
         let mut all = vec![0; mine.len() * self.world as usize];
-        for (i, piece) in mine.chunks(g.piece).enumerate() {
-            let at = i * g.piece;
-            let mut put = |rank: usize, bytes: &[u8]| all[rank * mine.len() + at..][..bytes.len()].copy_from_slice(bytes);
-            self.gather(g, piece, deadline, &mut put).map_err(|e| self.fail(e))?;
+        let piece = gather.as_ref().map_or(1, |g| g.piece);
+        for (i, part) in mine.chunks(piece).enumerate() {
+            self.half(gather.as_mut(), |g| self.start(g, part))?;
+            let parts = loop {
+                match self.half(gather.as_mut(), |g| self.finish(g, deadline))? {
+                    Some(parts) => break parts,
+                    None => std::thread::sleep(Duration::from_micros(20)),
+                }
+            };
+            for (rank, bytes) in parts.chunks_exact(part.len()).enumerate() {
+                all[rank * mine.len() + i * piece..][..bytes.len()].copy_from_slice(bytes);
+            }
         }
         Ok(all)
     }
@@ -310,8 +349,30 @@ impl Comm for NcclComm {
         Some(self.gpu.id())
     }
 
+    fn sound(&self) -> Result<()> {
+        self.enqueued().map(|_| ())
+    }
+
+    fn later(&self) -> Option<&dyn Later> {
+        Some(self)
+    }
+
     fn group(&self) -> Option<&dyn Group> {
         Some(self)
+    }
+}
+
+impl Later for NcclComm {
+    fn taken(&self) -> &AtomicBool {
+        &self.taken
+    }
+
+    fn begin(&self, mine: &[u8]) -> Result<()> {
+        self.half(self.gatherer().as_mut(), |g| self.start(g, mine))
+    }
+
+    fn ended(&self, deadline: Deadline) -> Result<Option<Vec<u8>>> {
+        self.half(self.gatherer().as_mut(), |g| self.finish(g, deadline))
     }
 }
 
@@ -363,6 +424,14 @@ impl Group for NcclComm {
         failed.map_err(|e| self.fail(e))
     }
 
+    fn on_streams(&self) -> bool {
+        true
+    }
+
+    fn enqueued(&self) -> Result<bool> {
+        NcclComm::enqueued(self)
+    }
+
     fn idle(&self) -> bool {
         // Not by a question to NCCL: the owner of a borrowed communicator may have ended it.
         self.aborted.load(Ordering::Acquire) || !self.pending.load(Ordering::Relaxed)
@@ -403,7 +472,10 @@ impl Drop for NcclComm {
             unsafe { (self.nccl.ncclCommDestroy)(state.comm) };
         }
         let gather = self.gather.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(gather) = gather else { return };
+        let Some(mut gather) = gather else { return };
+        if let Some(end) = gather.begun.take().and_then(|b| b.end) {
+            self.gpu.forget(end);
+        }
         if self.failed.get().is_none() || self.ends(gather.stream.raw()) {
             self.gpu.free(gather.device);
         } else {

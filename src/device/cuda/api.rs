@@ -80,6 +80,8 @@ functions! {
         cuMemFree_v2(CUdeviceptr);
         cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
         cuMemFreeHost(*mut c_void);
+        cuMemHostRegister_v2(*mut c_void, usize, c_uint);
+        cuMemHostUnregister(*mut c_void);
         cuMemcpyAsync(CUdeviceptr, CUdeviceptr, usize, CUstream);
         cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
         cuStreamCreate(*mut CUstream, c_uint);
@@ -102,6 +104,8 @@ functions! {
     optional {
         cuMemAllocAsync(*mut CUdeviceptr, usize, CUstream);
         cuMemFreeAsync(CUdeviceptr, CUstream);
+        cuStreamWriteValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
+        cuStreamWaitValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
     }
 }
 

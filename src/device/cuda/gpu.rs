@@ -15,6 +15,9 @@ use sys::CUpointer_attribute as About;
 /// The kernel, for compute capability 8.0 and up: the driver translates it for the GPU at hand.
 const PTX: &str = concat!(include_str!("../kernels/copy.ptx"), "\0");
 
+/// cuStreamWriteValue64 or cuStreamWaitValue64.
+type WordFn = unsafe extern "C" fn(CUstream, CUdeviceptr, u64, c_uint) -> c_int;
+
 /// CU_STREAM_PER_THREAD.
 const PER_THREAD: Stream = 2;
 
@@ -43,6 +46,8 @@ pub struct Gpu {
     pub uuid: [u64; 2],
     /// Whether memory comes from the stream-ordered pool.
     pools: bool,
+    /// How streams write and wait for words of host memory, if they can.
+    pub words: Option<[WordFn; 2]>,
     /// Allocations of other processes that are open, by their handles.
     pub imported: Mutex<Vec<([u8; HANDLE], Weak<Opened>)>>,
 }
@@ -108,6 +113,7 @@ impl Gpu {
             processors: 0,
             uuid: [0; 2],
             pools: false,
+            words: None,
             imported: Mutex::default(),
         };
         gpu.prepare()?;
@@ -126,6 +132,16 @@ impl Gpu {
         if !self.pools {
             log::info!("cuda:{}: no stream-ordered memory pool; staging comes from cuMemAlloc", self.ordinal);
         }
+        // Registered memory is used at the host's addresses.
+        let words = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS)? != 0
+            && self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
+        self.words = match (api.cuStreamWriteValue64_v2, api.cuStreamWaitValue64_v2) {
+            (Some(write), Some(wait)) if words => Some([write, wait]),
+            _ => {
+                log::info!("cuda:{}: streams cannot wait for words of host memory; a sync waits for them itself", self.ordinal);
+                None
+            }
+        };
         let mut uuid = CUuuid { bytes: [0; 16] };
         // SAFETY: writes its one result.
         api.done("cuDeviceGetUuid", unsafe { (api.cuDeviceGetUuid_v2)(&mut uuid, self.handle) })?;
@@ -244,6 +260,23 @@ impl Gpu {
         // SAFETY: as in `query`; the stream is one of this context.
         let answer = unsafe { (self.api.cuStreamWaitEvent)(handle(stream), ptr::with_exposed_provenance_mut(event), 0) };
         self.api.done("cuStreamWaitEvent", answer)
+    }
+
+    /// Puts a word of pinned host memory on a stream, behind a barrier for all that is there.
+    pub fn write_word(&self, stream: Stream, at: u64, value: u64) -> Result<()> {
+        self.word(0, "cuStreamWriteValue64", stream, at, value, sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as c_uint)
+    }
+
+    /// Lets a stream wait until a word of pinned host memory is at least `value`.
+    pub fn wait_word(&self, stream: Stream, at: u64, value: u64) -> Result<()> {
+        self.word(1, "cuStreamWaitValue64", stream, at, value, sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as c_uint)
+    }
+
+    fn word(&self, which: usize, call: &str, stream: Stream, at: u64, value: u64, flags: c_uint) -> Result<()> {
+        let Some(functions) = self.words else { bail!(RS_ERR_INTERNAL, "{call} without words") };
+        let _current = self.current()?;
+        // SAFETY: an aligned word of memory that is pinned for as long as the stream uses it.
+        self.api.done(call, unsafe { functions[which](handle(stream), at, value, flags) })
     }
 
     pub fn destroy(&self, event: usize) {

@@ -16,14 +16,15 @@ mod ipc;
 mod lists;
 mod own;
 
-use super::{Batch, Copies, Device, Event, Export, Imported, Job, Mem, Prepare, Stream};
+use super::{Batch, Copies, Device, Event, Export, Imported, Job, Mem, OwnStream, Prepare, Registered, Signals, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail};
 pub(crate) use api::{open, symbol};
 use batch::Descriptors;
 use gpu::Gpu;
 pub use ipc::export;
-pub use own::{OwnStream, Pinned};
+pub use own::Pinned;
+use own::{CudaStream, RegisteredHost};
 use std::ptr;
 use std::sync::Arc;
 
@@ -43,11 +44,6 @@ impl CudaDevice {
     /// CUDA's number of the GPU that is current on this thread.
     pub fn current() -> Result<i32> {
         gpu::current()
-    }
-
-    /// A stream of its own, which does not wait for the default stream.
-    pub fn own_stream(&self) -> Result<OwnStream> {
-        self.named(OwnStream::new(&self.gpu))
     }
 
     /// Host memory that the GPU reads and writes, of its own.
@@ -135,11 +131,33 @@ impl Device for CudaDevice {
     fn forget(&self, event: Event) {
         self.gpu.destroy(event.0);
     }
+
+    fn signals(&self) -> Option<&dyn Signals> {
+        self.gpu.words.is_some().then_some(self)
+    }
+}
+
+impl Signals for CudaDevice {
+    fn register(&self, words: Mem) -> Result<Registered> {
+        Ok(Arc::new(self.named(RegisteredHost::new(&self.gpu, words))?))
+    }
+
+    fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()> {
+        self.named(self.gpu.write_word(stream, word.addr() as u64, value))
+    }
+
+    fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()> {
+        self.named(self.gpu.wait_word(stream, word.addr() as u64, value))
+    }
 }
 
 impl Prepare for CudaDevice {
     fn prepare(&self, lists: &[Vec<Job<'_>>]) -> Result<Vec<Box<dyn Batch>>> {
         let lists = lists.iter().map(|jobs| Descriptors::new(jobs)).collect();
         self.named(lists::upload(&self.gpu, lists))
+    }
+
+    fn stream(&self) -> Result<Box<dyn OwnStream>> {
+        Ok(Box::new(self.named(CudaStream::new(&self.gpu))?))
     }
 }

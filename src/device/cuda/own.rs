@@ -1,8 +1,8 @@
-//! Streams and pinned memory of the library's own, given back when dropped.
+//! Streams and pinned memory of the library's own, and what it has pinned, given back when dropped.
 
 use super::gpu::Gpu;
 use crate::abi::*;
-use crate::device::{Mem, Stream};
+use crate::device::{Mem, OwnStream, Stream};
 use crate::error::{Result, bail};
 use cudarc::driver::sys::{self, CUstream};
 use std::ffi::c_void;
@@ -10,34 +10,35 @@ use std::ptr;
 use std::sync::Arc;
 
 /// A stream that does not wait for the default stream.
-pub struct OwnStream {
+pub struct CudaStream {
     gpu: Arc<Gpu>,
     stream: CUstream,
 }
 
 // SAFETY: as for `Gpu`.
-unsafe impl Send for OwnStream {}
+unsafe impl Send for CudaStream {}
 // SAFETY: as for `Gpu`.
-unsafe impl Sync for OwnStream {}
+unsafe impl Sync for CudaStream {}
 
-impl OwnStream {
+impl CudaStream {
     /// Of a GPU.
-    pub fn new(gpu: &Arc<Gpu>) -> Result<OwnStream> {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<CudaStream> {
         let _current = gpu.current()?;
         let mut stream = ptr::null_mut();
         // SAFETY: writes its one result.
         let answer = unsafe { (gpu.api.cuStreamCreate)(&mut stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32) };
         gpu.api.done("cuStreamCreate", answer)?;
-        Ok(OwnStream { gpu: gpu.clone(), stream })
+        Ok(CudaStream { gpu: gpu.clone(), stream })
     }
+}
 
-    /// As work is put on it.
-    pub fn raw(&self) -> Stream {
+impl OwnStream for CudaStream {
+    fn raw(&self) -> Stream {
         self.stream.expose_provenance()
     }
 }
 
-impl Drop for OwnStream {
+impl Drop for CudaStream {
     fn drop(&mut self) {
         if let Some(_current) = self.gpu.current_again() {
             // SAFETY: made by `new`; what is on it, the driver still finishes.
@@ -96,6 +97,33 @@ impl Drop for Pinned {
         if let Some(_current) = self.gpu.current_again() {
             // SAFETY: made by `new`; whoever drops it knows that no copy uses it.
             unsafe { (self.gpu.api.cuMemFreeHost)(self.mem.addr() as *mut c_void) };
+        }
+    }
+}
+
+/// Host memory of others that all GPUs may use.
+pub struct RegisteredHost {
+    gpu: Arc<Gpu>,
+    at: usize,
+}
+
+impl RegisteredHost {
+    /// Pins it.
+    pub fn new(gpu: &Arc<Gpu>, mem: Mem) -> Result<RegisteredHost> {
+        let _current = gpu.current()?;
+        let portable = sys::CU_MEMHOSTREGISTER_PORTABLE;
+        // SAFETY: memory of whoever made the `Mem`, there for as long as it is pinned.
+        let answer = unsafe { (gpu.api.cuMemHostRegister_v2)(ptr::with_exposed_provenance_mut(mem.addr()), mem.len(), portable) };
+        gpu.api.done("cuMemHostRegister", answer)?;
+        Ok(RegisteredHost { gpu: gpu.clone(), at: mem.addr() })
+    }
+}
+
+impl Drop for RegisteredHost {
+    fn drop(&mut self) {
+        if let Some(_current) = self.gpu.current_again() {
+            // SAFETY: pinned by `new`; whoever drops it knows that no stream uses it.
+            unsafe { (self.gpu.api.cuMemHostUnregister)(ptr::with_exposed_provenance_mut(self.at)) };
         }
     }
 }
