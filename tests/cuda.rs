@@ -10,7 +10,8 @@ use cudarc::driver::sys;
 use fastrand::Rng;
 use oracle::gpu::{self, Block, FAILING, HOST};
 use oracle::library::{Comm, Container, Failure, Tables};
-use oracle::model::{Buffer, Case, Rank, Tensor, Tile};
+use oracle::model::Case;
+use oracle::small::two_ranks;
 use oracle::truth::{Memory, compare, write};
 use oracle::{generate, model};
 use reshard::abi::*;
@@ -64,61 +65,6 @@ fn fail_in(name: &CStr, n: u64) {
 fn counted(name: &CStr) -> u64 {
     let f: extern "C" fn() -> u64 = standin(name).expect("the stand-in");
     f()
-}
-
-/// Two ranks on a GPU each: a source with a tensor by rows and a square one, a target with the tensors cut, transposed and cast.
-fn two_ranks() -> Case {
-    let dtype = |code, bits| rs_dtype_t { code, bits, lanes: 1 };
-    let tensor = |name: &str, target, seed| Tensor {
-        name: name.into(),
-        shape: vec![64, 48],
-        dtype: dtype(2, 32),
-        target,
-        transform: 0,
-        seed,
-    };
-    let buffer = |name: &str, role, dtype: rs_dtype_t, shape: [i64; 2], block| Buffer {
-        name: name.into(),
-        role,
-        padded: false,
-        dtype,
-        shape: shape.to_vec(),
-        strides: vec![shape[1], 1],
-        bytes: (shape[0] * shape[1]) as usize * usize::from(dtype.bits / 8),
-        block,
-        at: 0,
-    };
-    let tile = |tensor, buffer, origin: [i64; 2], extent: [i64; 2], stride: [i64; 2]| Tile {
-        tensor,
-        buffer,
-        transform: 0,
-        byte_offset: 0,
-        view: vec![64, 48],
-        origin: origin.to_vec(),
-        extent: extent.to_vec(),
-        stride: stride.to_vec(),
-    };
-    let rank = |buffers: Vec<Buffer>, tiles| Rank {
-        blocks: buffers.iter().map(|b| b.bytes).collect(),
-        listed: vec![0, 1],
-        buffers,
-        tiles,
-        ..Rank::default()
-    };
-    let (fp32, bf16) = (dtype(2, 32), dtype(4, 16));
-    let source = rank(
-        vec![buffer("a", RS_SOURCE, fp32, [64, 48], 0), buffer("b", RS_SOURCE, fp32, [64, 48], 1)],
-        vec![tile(0, 0, [0, 0], [64, 48], [48, 1]), tile(1, 1, [0, 0], [64, 48], [48, 1])],
-    );
-    let target = rank(
-        vec![
-            buffer("left", RS_TARGET, fp32, [64, 20], 0),
-            buffer("turned", RS_TARGET, fp32, [48, 64], 1),
-            buffer("narrow", RS_TARGET, bf16, [64, 48], 2),
-        ],
-        vec![tile(0, 0, [0, 0], [64, 20], [20, 1]), tile(0, 1, [0, 0], [64, 48], [1, 64]), tile(1, 2, [0, 0], [64, 48], [48, 1])],
-    );
-    Case { seed: 0, tensors: vec![tensor("A", fp32, 1), tensor("B", bf16, 2)], ranks: vec![source, target] }
 }
 
 /// The ranks of a case over loopback, with their memory.

@@ -118,6 +118,9 @@ impl Signs {
     /// What our stream may be waiting for, in words.
     pub fn late(&self, number: u64) -> Vec<String> {
         let low = |page: &Page, at| page.word(at).load(SeqCst) < number;
+        if self.readers.iter().any(|(rank, _)| low(&self.mine, ready(*rank))) {
+            return vec![", which has not come to this sync".into()];
+        }
         let owners = self.owners.iter().filter(|(_, page)| low(page, ready(self.me)));
         let readers = self.readers.iter().filter(|(_, page)| low(page, done(self.me)));
         owners

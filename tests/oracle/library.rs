@@ -29,6 +29,19 @@ fn restoring(call: impl FnOnce() -> rs_status_t) -> Result<(), Failure> {
     result
 }
 
+/// The same for a call that may leave something in progress: whether it has ended.
+fn ended(call: impl FnOnce() -> rs_status_t) -> Result<bool, Failure> {
+    let mut under_way = false;
+    restoring(|| match call() {
+        RS_IN_PROGRESS => {
+            under_way = true;
+            RS_OK
+        }
+        status => status,
+    })?;
+    Ok(!under_way)
+}
+
 /// The call's status; its text must be there where it failed.
 fn checked(status: rs_status_t) -> Result<(), Failure> {
     if status == RS_OK {
@@ -262,6 +275,22 @@ impl Container {
 
     /// A sync of the names in `only`, or of everything; the library must be done when it returns.
     pub fn sync(&mut self, version: u64, only: Option<&[String]>) -> Result<(), Failure> {
+        let mut landed = self.start(version, only)?;
+        while !landed {
+            std::thread::sleep(std::time::Duration::from_micros(20));
+            landed = self.poll()?;
+        }
+        Ok(())
+    }
+
+    /// How the last call stands: whether it has ended.
+    pub fn poll(&self) -> Result<bool, Failure> {
+        // SAFETY: the handle is live.
+        ended(|| unsafe { rs_container_poll(self.handle) })
+    }
+
+    /// The same as `sync`, which it may leave in progress: whether it has ended.
+    pub fn start(&mut self, version: u64, only: Option<&[String]>) -> Result<bool, Failure> {
         let names: Vec<CString> = only.iter().flat_map(|o| o.iter()).map(|n| CString::new(n.as_str()).expect("no NUL")).collect();
         let pointers: Vec<*const c_char> = names.iter().map(|n| n.as_ptr()).collect();
         let request = rs_sync_t {
@@ -276,14 +305,7 @@ impl Container {
             progress_user: null_mut(),
         };
         // SAFETY: the handle is live, the struct whole, and the names live during the call.
-        restoring(|| unsafe {
-            let mut status = rs_sync_weights(self.handle, &request);
-            while status == RS_IN_PROGRESS {
-                std::thread::sleep(std::time::Duration::from_micros(20));
-                status = rs_container_poll(self.handle);
-            }
-            status
-        })
+        ended(|| unsafe { rs_sync_weights(self.handle, &request) })
     }
 
     /// What may end a call of this container from another thread, while the container lives.

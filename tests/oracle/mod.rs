@@ -12,6 +12,7 @@ pub mod place;
 pub mod plans;
 pub mod run;
 pub mod sabotage;
+pub mod small;
 pub mod sweep;
 pub mod truth;
 pub mod valid;

@@ -285,6 +285,23 @@ impl<'a> World<'a> {
         self.all_ok("connect again", |_, c| c.connect())
     }
 
+    /// Connected containers of the same ranks, on the same memory and communicators.
+    pub fn more(&mut self) -> Result<Vec<Container>, Failure> {
+        let mut all = vec![];
+        for (r, rank) in self.case.ranks.iter().enumerate() {
+            let tables = self.tables_of(self.case, r);
+            let mut container = Container::create(rank, &tables, &self.comms[r], TIMEOUT_MS)?;
+            container.stream = self.memories[r].stream();
+            all.push(container);
+        }
+        let connected: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = all.iter_mut().map(|c| scope.spawn(|| c.connect())).collect();
+            threads.into_iter().map(|t| t.join().expect("no panic")).collect()
+        });
+        connected.into_iter().collect::<Result<Vec<()>, Failure>>()?;
+        Ok(all)
+    }
+
     /// New communicators for containers whose old ones failed, and a new connect.
     pub fn renew(&mut self) -> Result<(), String> {
         self.lent.iter_mut().for_each(Lent::abort);

@@ -1,0 +1,252 @@
+//! Syncs that go on after their call has returned: they keep their place on the streams, other calls say so, and they end whatever
+//! happens.
+//!
+//! With RESHARD_MEMORY=cuda, over every communicator that moves GPUs' memory; that the bytes of random layouts are right is for
+//! `properties`.
+
+#[allow(dead_code)] // `properties` uses the rest.
+mod oracle;
+
+use cudarc::driver::sys;
+use fastrand::Rng;
+use oracle::gpu::{self, Block};
+use oracle::library::{Container, Failure};
+use oracle::model::Case;
+use oracle::nccl::{self, Maker};
+use oracle::small::two_ranks;
+use oracle::world::{self, Wire, World};
+use reshard::abi::*;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// One test at a time, as they count what is alive. `None`: weights do not go to GPUs in this run, or streams do not wait for words.
+fn alone() -> Option<MutexGuard<'static, ()>> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let lock = gpu::wanted().then(|| ONE.lock().unwrap_or_else(PoisonError::into_inner))?;
+    let words = nccl::function::<usize>(c"cuStreamWaitValue64_v2").is_some();
+    words.then_some(lock)
+}
+
+fn wires() -> Vec<Wire> {
+    let mut all = vec![Wire::Loopback, Wire::Local(0)];
+    if nccl::usable() {
+        all.extend([Wire::Nccl(Maker::Library), Wire::Nccl(Maker::Test { blocks: true }), Wire::Nccl(Maker::Test { blocks: false })]);
+    }
+    all
+}
+
+fn live() -> u64 {
+    nccl::function::<extern "C" fn() -> u64>(c"standin_live").map_or(0, |live| live())
+}
+
+/// A connected world of a source and a target that has synced version 1, and its GPUs.
+fn at_work(case: &Case, wire: Wire) -> World<'_> {
+    let mut world = world::open(case, &mut Rng::with_seed(3), wire).unwrap_or_else(|e| panic!("{}", e[0].1));
+    world.all_ok("connect", |_, c| c.connect()).unwrap();
+    world.sync(1, None).unwrap();
+    world
+}
+
+/// A gate on a stream: what is put there later waits until it is opened.
+struct Gate {
+    word: Block,
+}
+
+impl Gate {
+    fn on(container: &Container) -> Gate {
+        let gpu = container.gpu.expect("weights on a GPU");
+        let word = Block::new((RS_DEVICE_CUDA_HOST, gpu), &[0; 8]);
+        gpu::on(gpu, || {
+            // SAFETY: a live stream of this GPU, and a word that outlives what waits for it.
+            let answer = unsafe { sys::cuStreamWaitValue64_v2(container.stream.cast(), word.at(0) as u64, 1, 0) };
+            assert_eq!(answer as u32, 0);
+        });
+        Gate { word }
+    }
+
+    fn open(&mut self) {
+        self.word.write(&1u64.to_ne_bytes());
+    }
+}
+
+/// All ranks call, and none has landed when the calls are back.
+fn start(world: &mut World<'_>, version: u64) {
+    for answer in world.all(|_, c| c.start(version, None)) {
+        assert!(!answer.unwrap(), "it has ended although a stream stands still");
+    }
+}
+
+/// Polls all ranks until each has an answer.
+fn ends(world: &mut World<'_>, within: Duration) -> Vec<Result<(), Failure>> {
+    let begun = Instant::now();
+    world.all(|_, c| loop {
+        match c.poll() {
+            Ok(false) => assert!(begun.elapsed() < within, "in progress after {within:?}"),
+            Ok(true) => return Ok(()),
+            Err(e) => return Err(e),
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    })
+}
+
+fn refused(answer: Result<(), Failure>) {
+    let failure = answer.expect_err("a sync is in progress");
+    assert!(failure.status == RS_ERR_STATE && failure.text.contains("version 2 is in progress"), "{failure}");
+}
+
+#[test]
+fn a_call_returns_before_its_stream_comes_to_it() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_ranks(), live());
+    for wire in wires() {
+        for gated in [0, 1] {
+            let mut world = at_work(&case, wire);
+            world.publish(2);
+            let expected = world.expected(&[true; 2], 2);
+            let mut gate = Gate::on(&world.containers[gated]);
+            start(&mut world, 2);
+            // What the caller puts on the source's stream next comes after its readers.
+            let other = expected[0].iter().map(|b| !b).collect::<Vec<u8>>();
+            if world.memories[0].kind().0 == RS_DEVICE_CUDA {
+                world.memories[0].write(&other);
+            }
+            for _ in 0..20 {
+                assert!(world.all(|_, c| c.poll()).into_iter().all(|a| !a.unwrap()), "{wire:?}: it has ended");
+            }
+            let tables: Vec<_> = (0..2).map(|r| world.tables_of(&case, r)).collect();
+            for answer in world.all(|r, c| (c.start(3, None).map(|_| ()), c.rebind(&tables[r]), c.connect())) {
+                refused(answer.0);
+                refused(answer.1);
+                refused(answer.2);
+            }
+            // Where it is says nothing of what is in it.
+            let param = world.containers[1].param("left").unwrap();
+            assert_eq!((param.state, param.version), (RS_PARAM_SYNCED, 1));
+            gate.open();
+            ends(&mut world, Duration::from_secs(20)).into_iter().for_each(|a| a.unwrap());
+            let param = world.containers[1].param("left").unwrap();
+            assert_eq!((param.state, param.version), (RS_PARAM_SYNCED, 2));
+            assert_eq!(world.memories[1].bytes(), expected[1], "{wire:?}");
+            world.sync(3, None).unwrap();
+            world.close().unwrap();
+            drop(gate);
+            assert_eq!(live(), before, "{wire:?}: something is left");
+        }
+    }
+}
+
+/// The deadline is that of the sync, whoever looks when; the other rank is told, and a new communicator heals both.
+#[test]
+fn a_stream_that_stands_still_fails_the_sync_on_all_ranks() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_ranks(), live());
+    for wire in [Wire::Loopback, Wire::Local(0)] {
+        for gated in [0, 1] {
+            let mut world = at_work(&case, wire);
+            world.publish(2);
+            // A reader that has given up does not wait for what is on this stream.
+            world.memories[0].bytes();
+            let mut gate = Gate::on(&world.containers[gated]);
+            world.containers.iter_mut().for_each(|c| c.timeout_ms = 300);
+            start(&mut world, 2);
+            let answers = ends(&mut world, Duration::from_secs(9));
+            let text = |r: usize| answers[r].as_ref().expect_err("it cannot have landed").text.clone();
+            assert!((0..2).all(|r| text(r).contains("waited 300 ms for the stream of cuda")), "{wire:?}: {answers:?}");
+            // Whoever gave up first says whom it waited for.
+            let late: &[&str] = match gated {
+                0 => &["which has not come to this sync", "rank 0 has not come to its sources"],
+                _ => &["rank 1 has not read this rank's sources", "for the stream of cuda:1"],
+            };
+            assert!(late.iter().any(|words| text(0).contains(words)), "{wire:?}: {answers:?}");
+            assert_eq!(world.containers[1].param_at(0).unwrap().state, RS_PARAM_TORN);
+            gate.open();
+            world.memories.iter().for_each(|m| drop(m.bytes()));
+            world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
+            world.renew().unwrap();
+            world.sync(3, None).unwrap();
+            world.close().unwrap();
+            drop(gate);
+            assert_eq!(live(), before, "{wire:?}: something is left");
+        }
+    }
+}
+
+#[test]
+fn an_abort_ends_it_on_all_ranks() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_ranks(), live());
+    for wire in [Wire::Loopback, Wire::Local(0), Wire::Nccl(Maker::Library)] {
+        if matches!(wire, Wire::Nccl(_)) && !nccl::usable() {
+            continue;
+        }
+        let mut world = at_work(&case, wire);
+        world.publish(2);
+        let mut gate = Gate::on(&world.containers[1]);
+        // NCCL's abort is one rank's.
+        world.containers.iter_mut().for_each(|c| c.timeout_ms = 2_000);
+        start(&mut world, 2);
+        world.containers[0].aborter().abort();
+        gate.open();
+        let answers = ends(&mut world, Duration::from_secs(9));
+        let statuses: Vec<_> = answers.iter().map(|a| a.as_ref().expect_err("aborted").status).collect();
+        assert_eq!(statuses[0], RS_ERR_ABORTED, "{wire:?}: {answers:?}");
+        assert!(statuses[1] == RS_ERR_ABORTED || matches!(wire, Wire::Nccl(_)), "{wire:?}: {answers:?}");
+        // The answer stays.
+        assert_eq!(world.containers[0].poll().unwrap_err().status, RS_ERR_ABORTED);
+        world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
+        world.renew().unwrap();
+        world.sync(3, None).unwrap();
+        world.close().unwrap();
+        drop(gate);
+        assert_eq!(live(), before, "{wire:?}: something is left");
+    }
+}
+
+/// Its own copies are over when destroy returns, and so are those of its memory; the other rank is told.
+#[test]
+fn a_container_may_be_destroyed_meanwhile() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_ranks(), live());
+    for wire in [Wire::Loopback, Wire::Local(0)] {
+        for gone in [0, 1] {
+            let mut world = at_work(&case, wire);
+            world.publish(2);
+            start(&mut world, 2);
+            drop(world.containers.remove(gone));
+            let image = vec![7; world.memories[gone].bytes().len()];
+            world.memories[gone].write(&image);
+            let answers = ends(&mut world, Duration::from_secs(9));
+            assert!(answers[0].is_err(), "{wire:?}: it has landed without rank {gone}");
+            world.close().unwrap();
+            assert_eq!(live(), before, "{wire:?}: something is left");
+        }
+    }
+}
+
+/// A communicator that two containers share carries one call at a time.
+#[test]
+fn another_container_waits_for_its_turn() {
+    let Some(_alone) = alone() else { return };
+    let case = two_ranks();
+    for wire in [Wire::Loopback, Wire::Local(0)] {
+        let mut world = at_work(&case, wire);
+        let mut others = world.more().unwrap();
+        world.publish(2);
+        let expected = world.expected(&[true; 2], 2);
+        let mut gate = Gate::on(&world.containers[1]);
+        start(&mut world, 2);
+        for other in &mut others {
+            for answer in [other.connect(), other.start(5, None).map(|_| ())] {
+                let failure = answer.expect_err("the communicator is in use");
+                assert!(failure.status == RS_ERR_BUSY && failure.text.contains("in progress"), "{failure}");
+            }
+        }
+        gate.open();
+        ends(&mut world, Duration::from_secs(20)).into_iter().for_each(|a| a.unwrap());
+        world.compare(&expected).unwrap();
+        let sync = |c: &mut Container| c.sync(3, None).unwrap();
+        std::thread::scope(|scope| others.iter_mut().for_each(|c| drop(scope.spawn(move || sync(c)))));
+        drop(others);
+        world.close().unwrap();
+    }
+}
