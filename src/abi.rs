@@ -91,6 +91,10 @@ pub const RS_LOCAL_READ: u32 = 1;
 /// `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() always passes through shared-memory rings.
 pub const RS_LOCAL_RING: u32 = 2;
 
+/// `rs_config_t.flags`: a thread of the library calls rs_container_poll() while a sync is in progress, so that a peer's death or a deadline
+/// ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
+pub const RS_CONFIG_WATCHDOG: u32 = 1;
+
 /// `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong).
 pub const RS_PARAM_INITIAL: u32 = 0;
 /// `rs_param_t.state`: whole, at `version`.
@@ -327,7 +331,7 @@ pub struct rs_config_t {
     pub struct_size: usize,
     /// RS_ABI.
     pub abi: u32,
-    /// 0.
+    /// RS_CONFIG_WATCHDOG or 0.
     pub flags: u32,
     /// The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows.
     pub comm: *mut rs_comm_t,

@@ -30,7 +30,11 @@ fn alone() -> Option<MutexGuard<'static, ()>> {
 fn wires() -> Vec<Wire> {
     let mut all = vec![Wire::Loopback, Wire::Local(0)];
     if nccl::usable() {
-        all.extend([Wire::Nccl(Maker::Library), Wire::Nccl(Maker::Test { blocks: true }), Wire::Nccl(Maker::Test { blocks: false })]);
+        all.extend([
+            Wire::Nccl(Maker::Library),
+            Wire::Nccl(Maker::Test { blocks: true }),
+            Wire::Nccl(Maker::Test { blocks: false }),
+        ]);
     }
     all
 }
@@ -76,16 +80,23 @@ fn start(world: &mut World<'_>, version: u64) {
     }
 }
 
+/// The same where they may have.
+fn start_any(world: &mut World<'_>, version: u64) {
+    world.all(|_, c| c.start(version, None)).into_iter().for_each(|answer| assert!(answer.is_ok()));
+}
+
 /// Polls all ranks until each has an answer.
 fn ends(world: &mut World<'_>, within: Duration) -> Vec<Result<(), Failure>> {
     let begun = Instant::now();
-    world.all(|_, c| loop {
-        match c.poll() {
-            Ok(false) => assert!(begun.elapsed() < within, "in progress after {within:?}"),
-            Ok(true) => return Ok(()),
-            Err(e) => return Err(e),
+    world.all(|_, c| {
+        loop {
+            match c.poll() {
+                Ok(false) => assert!(begun.elapsed() < within, "in progress after {within:?}"),
+                Ok(true) => return Ok(()),
+                Err(e) => return Err(e),
+            }
+            std::thread::sleep(Duration::from_micros(50));
         }
-        std::thread::sleep(Duration::from_micros(50));
     })
 }
 
@@ -140,34 +151,32 @@ fn a_call_returns_before_its_stream_comes_to_it() {
 fn a_stream_that_stands_still_fails_the_sync_on_all_ranks() {
     let Some(_alone) = alone() else { return };
     let (case, before) = (two_ranks(), live());
-    for wire in [Wire::Loopback, Wire::Local(0)] {
-        for gated in [0, 1] {
-            let mut world = at_work(&case, wire);
-            world.publish(2);
-            // A reader that has given up does not wait for what is on this stream.
-            world.memories[0].bytes();
-            let mut gate = Gate::on(&world.containers[gated]);
-            world.containers.iter_mut().for_each(|c| c.timeout_ms = 300);
-            start(&mut world, 2);
-            let answers = ends(&mut world, Duration::from_secs(9));
-            let text = |r: usize| answers[r].as_ref().expect_err("it cannot have landed").text.clone();
-            assert!((0..2).all(|r| text(r).contains("waited 300 ms for the stream of cuda")), "{wire:?}: {answers:?}");
-            // Whoever gave up first says whom it waited for.
-            let late: &[&str] = match gated {
-                0 => &["which has not come to this sync", "rank 0 has not come to its sources"],
-                _ => &["rank 1 has not read this rank's sources", "for the stream of cuda:1"],
-            };
-            assert!(late.iter().any(|words| text(0).contains(words)), "{wire:?}: {answers:?}");
-            assert_eq!(world.containers[1].param_at(0).unwrap().state, RS_PARAM_TORN);
-            gate.open();
-            world.memories.iter().for_each(|m| drop(m.bytes()));
-            world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
-            world.renew().unwrap();
-            world.sync(3, None).unwrap();
-            world.close().unwrap();
-            drop(gate);
-            assert_eq!(live(), before, "{wire:?}: something is left");
-        }
+    for (wire, gated) in [(Wire::Loopback, 0), (Wire::Local(0), 1)] {
+        let mut world = at_work(&case, wire);
+        world.publish(2);
+        // A reader that has given up does not wait for what is on this stream.
+        world.memories[0].bytes();
+        let mut gate = Gate::on(&world.containers[gated]);
+        world.containers.iter_mut().for_each(|c| c.timeout_ms = 300);
+        start(&mut world, 2);
+        let answers = ends(&mut world, Duration::from_secs(9));
+        let text = |r: usize| answers[r].as_ref().expect_err("it cannot have landed").text.clone();
+        assert!((0..2).all(|r| text(r).contains("waited 300 ms for the stream of cuda")), "{wire:?}: {answers:?}");
+        // Whoever gave up first says whom it waited for.
+        let late: &[&str] = match gated {
+            0 => &["which has not come to this sync", "rank 0 has not come to its sources"],
+            _ => &["rank 1 has not read this rank's sources", "for the stream of cuda:1"],
+        };
+        assert!(late.iter().any(|words| text(0).contains(words)), "{wire:?}: {answers:?}");
+        assert_eq!(world.containers[1].param_at(0).unwrap().state, RS_PARAM_TORN);
+        gate.open();
+        world.memories.iter().for_each(|m| drop(m.bytes()));
+        world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
+        world.renew().unwrap();
+        world.sync(3, None).unwrap();
+        world.close().unwrap();
+        drop(gate);
+        assert_eq!(live(), before, "{wire:?}: something is left");
     }
 }
 
@@ -223,6 +232,20 @@ fn a_container_may_be_destroyed_meanwhile() {
     }
 }
 
+/// Connected containers of the same ranks, on the same memory and communicators.
+fn more(world: &mut World<'_>) -> Vec<Container> {
+    let mut all: Vec<Container> = (0..2)
+        .map(|r| {
+            let tables = world.tables_of(world.case, r);
+            let mut container = Container::create(&world.case.ranks[r], &tables, &world.comms[r], 20_000).unwrap();
+            container.stream = world.memories[r].stream();
+            container
+        })
+        .collect();
+    std::thread::scope(|scope| all.iter_mut().for_each(|c| drop(scope.spawn(|| c.connect().unwrap()))));
+    all
+}
+
 /// A communicator that two containers share carries one call at a time.
 #[test]
 fn another_container_waits_for_its_turn() {
@@ -230,7 +253,7 @@ fn another_container_waits_for_its_turn() {
     let case = two_ranks();
     for wire in [Wire::Loopback, Wire::Local(0)] {
         let mut world = at_work(&case, wire);
-        let mut others = world.more().unwrap();
+        let mut others = more(&mut world);
         world.publish(2);
         let expected = world.expected(&[true; 2], 2);
         let mut gate = Gate::on(&world.containers[1]);
@@ -249,4 +272,52 @@ fn another_container_waits_for_its_turn() {
         drop(others);
         world.close().unwrap();
     }
+}
+
+/// With a watchdog nobody need poll for the others to land, and its thread ends with the container.
+#[test]
+fn a_watchdog_polls() {
+    let Some(_alone) = alone() else { return };
+    let mut case = two_ranks();
+    case.ranks.iter_mut().for_each(|r| r.flags = RS_CONFIG_WATCHDOG);
+    let threads = || std::fs::read_dir("/proc/self/task").expect("reads").count();
+    for wire in wires() {
+        let (mut world, before) = (at_work(&case, wire), live());
+        world.publish(2);
+        let expected = world.expected(&[true; 2], 2);
+        start_any(&mut world, 2);
+        let begun = Instant::now();
+        // A parameter's version is that of a sync that all ranks have landed.
+        while world.containers[1].param("left").map_or(1, |p| p.version) != 2 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{wire:?}: nobody polls");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        world.compare(&expected).unwrap();
+        assert!(ends(&mut world, Duration::from_secs(1)).iter().all(Result::is_ok));
+        assert!(live() <= before, "{wire:?}: something is left");
+        let running = threads();
+        world.containers.clear();
+        assert_eq!(threads(), running - 2, "{wire:?}");
+        world.close().unwrap();
+    }
+}
+
+/// Without anybody's poll a dead end is found too: the gate of a stream that waits for a rank that gave up opens.
+#[test]
+fn a_watchdog_ends_what_fails() {
+    let Some(_alone) = alone() else { return };
+    let mut case = two_ranks();
+    case.ranks.iter_mut().for_each(|r| r.flags = RS_CONFIG_WATCHDOG);
+    let mut world = at_work(&case, Wire::Loopback);
+    world.publish(2);
+    world.memories[0].bytes();
+    let mut gate = Gate::on(&world.containers[0]);
+    world.containers.iter_mut().for_each(|c| c.timeout_ms = 200);
+    start(&mut world, 2);
+    // Ends only when the reader's stream does, which waits for the source's.
+    world.memories[1].bytes();
+    ends(&mut world, Duration::from_secs(9)).into_iter().for_each(|a| assert!(a.is_err()));
+    gate.open();
+    world.memories[0].bytes();
+    world.close().unwrap();
 }

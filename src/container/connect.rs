@@ -222,7 +222,8 @@ impl Container {
 
     /// Whether this rank can put a whole sync on a stream.
     fn on_streams(&self, comm: &dyn Comm) -> bool {
-        let ordered = if comm.windows().is_some() { self.device.signals().is_some() } else { comm.group().is_some_and(Group::on_streams) };
+        let ordered =
+            if comm.windows().is_some() { self.device.signals().is_some() } else { comm.group().is_some_and(Group::on_streams) };
         ordered && comm.later().is_some() && matches!(self.device.copies(), Copies::Prepared(_))
     }
 

@@ -5,7 +5,8 @@ use crate::abi::RS_PARAM_INITIAL;
 use crate::comm::Comm;
 use crate::error::{Error, Result};
 use crate::exec::work::Bytes;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// A parameter and its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,7 @@ pub(super) struct Stats {
 #[derive(Default)]
 pub struct Control {
     inner: Mutex<Inner>,
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -57,6 +59,8 @@ struct Inner {
     running: bool,
     /// A sync is on its stream: whoever asks looks at it.
     flying: bool,
+    /// Nobody shall wait for syncs any more.
+    closing: bool,
     failure: Option<Error>,
 }
 
@@ -97,6 +101,24 @@ impl Control {
     /// The call has put its sync on the stream.
     pub(super) fn took_off(&self) {
         self.lock().flying = true;
+        self.changed.notify_all();
+    }
+
+    /// For a thread that looks at syncs: returns when it is time for the next look, `pause` after the last, or, with `false`, when
+    /// [`Control::close`] was called.
+    pub fn watch(&self, pause: Duration) -> bool {
+        let mut inner = self.lock();
+        if inner.flying {
+            inner = self.changed.wait_timeout_while(inner, pause, |i| !i.closing).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        inner = self.changed.wait_while(inner, |i| !i.flying && !i.closing).unwrap_or_else(PoisonError::into_inner);
+        !inner.closing
+    }
+
+    /// Ends [`Control::watch`].
+    pub fn close(&self) {
+        self.lock().closing = true;
+        self.changed.notify_all();
     }
 
     pub(super) fn ended(&self, result: &Result<()>) {

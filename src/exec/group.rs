@@ -87,7 +87,8 @@ impl Rounds {
     pub fn enqueue(&self, run: &Run<'_>, batches: &Batches) -> Result<()> {
         let streams = batches.streams();
         let device = &**run.device;
-        let out = streams.iter().try_for_each(|&s| order(device, run.stream, s)).and_then(|()| self.enqueue_on(run, batches, &streams));
+        let out =
+            streams.iter().try_for_each(|&s| order(device, run.stream, s)).and_then(|()| self.enqueue_on(run, batches, &streams));
         let joined = streams.iter().map(|&s| order(device, s, run.stream)).fold(Ok(()), Result::and);
         if joined.is_err() {
             run.stuck.store(true, Ordering::Relaxed);

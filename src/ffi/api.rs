@@ -1,7 +1,7 @@
 //! The exports. Each body is one `call`; the comments here are the header's, so they speak to a C programmer.
 #![allow(clippy::missing_safety_doc)] // The whole comment is the promise, in the header's words.
 
-use super::handle::{CommHandle, Handle};
+use super::handle::{CommHandle, Handle, Shared};
 use super::preset::PresetHandle;
 use super::write::{GrowingOut, Out, bytes};
 use super::{call, convert, last_error, logger, read};
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn rs_container_poll(container: *const rs_container_t) -> 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_abort(container: *const rs_container_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
-    call(|| unsafe { Handle::of(container) }.map(Handle::abort))
+    call(|| unsafe { Handle::of(container) }.map(Shared::abort))
 }
 
 /// The parameter of this name as the framework knows it: the target of that name, else the source.

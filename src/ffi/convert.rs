@@ -136,15 +136,21 @@ unsafe fn memory(row: &BufferRow) -> Result<Mem> {
     Ok(unsafe { Mem::of((row.device_type, row.device_id), std::ptr::with_exposed_provenance_mut(row.addr as usize), len) })
 }
 
-/// A config with the tables that it and `tables` give, and the caller's device, which a container that could not be made must not
-/// release.
+/// What a container is asked for.
+pub struct Asked {
+    pub config: Config,
+    pub tables: Described,
+    /// The caller's device, which a container that could not be made must not release.
+    pub device: Option<Arc<ForeignDevice>>,
+    /// Whether a thread looks at syncs in progress.
+    pub watchdog: bool,
+}
+
+/// A config with the tables that it and `tables` give.
 ///
 /// # Safety
 /// As the header promises for rs_config_t and rs_layout_t; the buffers' memory is what [`Mem::of`] wants.
-pub unsafe fn config(
-    config: *const rs_config_t,
-    tables: *const rs_layout_t,
-) -> Result<(Config, Described, Option<Arc<ForeignDevice>>)> {
+pub unsafe fn config(config: *const rs_config_t, tables: *const rs_layout_t) -> Result<Asked> {
     // SAFETY: this function's promise, for the struct and what it points to.
     let (c, label, comm, foreign, tables) = unsafe {
         let c = sized(config, "config")?;
@@ -165,14 +171,14 @@ pub unsafe fn config(
         timeout: timeout(c.timeout_ms).unwrap_or(DEFAULT_TIMEOUT),
         comm,
     };
-    Ok((config, tables, foreign))
+    Ok(Asked { config, tables, device: foreign, watchdog: c.flags & RS_CONFIG_WATCHDOG != 0 })
 }
 
 fn check(c: &rs_config_t) -> Result<()> {
     if c.abi != RS_ABI {
         bail!(RS_ERR_INVALID, "config.abi is {}, it must be RS_ABI, {RS_ABI} in this library", c.abi);
     }
-    flags(c.flags, 0, "config.flags")
+    flags(c.flags, RS_CONFIG_WATCHDOG, "config.flags")
 }
 
 fn threads(host_threads: u32) -> Result<usize> {

@@ -1,6 +1,6 @@
 //! What the handles point to, and who may be inside one.
 
-use super::convert::{self, Described};
+use super::convert::{self, Asked, Described};
 use super::read::optional_text;
 use super::{c_string, logger};
 use crate::abi::*;
@@ -12,9 +12,18 @@ use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::{Arc, Mutex, RwLock, TryLockError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// What an rs_container_t is: a container, taken by one changing call or by any number of reading ones at a time.
 pub struct Handle {
+    /// Ends before the container does.
+    watchdog: Option<Watchdog>,
+    shared: Arc<Shared>,
+}
+
+/// What the caller's threads and the watchdog share.
+pub struct Shared {
     label: CString,
     control: Arc<Control>,
     inner: RwLock<Named>,
@@ -36,24 +45,29 @@ impl Handle {
     /// As the header promises for rs_container_create().
     pub unsafe fn create(config: *const rs_config_t, layout: *const rs_layout_t) -> Result<*mut rs_container_t> {
         // SAFETY: this function's promise.
-        let (config, Described { layout, mems, chunks, spec }, foreign) = unsafe { convert::config(config, layout)? };
+        let Asked { config, tables, device, watchdog } = unsafe { convert::config(config, layout)? };
+        let Described { layout, mems, chunks, spec } = tables;
         let names = names(&layout)?;
         let container = Container::new(config, layout, mems, spec)?;
         let label = c_string(container.label())?;
-        if let Some(device) = foreign {
+        let control = container.control();
+        let inner = RwLock::new(Named { container, names, chunks });
+        let shared = Arc::new(Shared { label, control, inner, polling: Mutex::default() });
+        let watchdog = if watchdog { Some(Watchdog::new(&shared)?) } else { None };
+        if let Some(device) = device {
             device.own();
         }
-        let handle = Handle { label, control: container.control(), inner: RwLock::new(Named { container, names, chunks }), polling: Mutex::default() };
-        Ok(Box::into_raw(Box::new(handle)).cast())
+        Ok(Box::into_raw(Box::new(Handle { watchdog, shared })).cast())
     }
 
     /// The handle behind the caller's pointer.
     ///
     /// # Safety
     /// `ptr` is NULL or came from [`Handle::create`] and is not destroyed while the reference is used.
-    pub unsafe fn of<'a>(ptr: *const rs_container_t) -> Result<&'a Handle> {
+    pub unsafe fn of<'a>(ptr: *const rs_container_t) -> Result<&'a Shared> {
         // SAFETY: this function's promise; only shared references to a handle exist.
-        unsafe { ptr.cast::<Handle>().as_ref() }.ok_or_else(|| err!(RS_ERR_INVALID, "container is NULL"))
+        let handle = unsafe { ptr.cast::<Handle>().as_ref() };
+        handle.map(|h| &*h.shared).ok_or_else(|| err!(RS_ERR_INVALID, "container is NULL"))
     }
 
     /// Ends it; NULL is nothing.
@@ -63,11 +77,15 @@ impl Handle {
     pub unsafe fn destroy(ptr: *mut rs_container_t) -> Result<()> {
         if !ptr.is_null() {
             // SAFETY: this function's promise: it is the Box of `create`.
-            drop(unsafe { Box::from_raw(ptr.cast::<Handle>()) });
+            let Handle { watchdog, shared } = *unsafe { Box::from_raw(ptr.cast::<Handle>()) };
+            drop(watchdog);
+            drop(shared);
         }
         Ok(())
     }
+}
 
+impl Shared {
     /// Ends the calls in progress. Never kept waiting, whoever is inside.
     pub fn abort(&self) {
         let _label = logger::labelled(&self.label);
@@ -122,6 +140,43 @@ impl Handle {
 
     fn named(&self, error: Error) -> Error {
         if self.label.is_empty() { error } else { error.context(self.label.to_string_lossy()) }
+    }
+}
+
+/// The thread of RS_CONFIG_WATCHDOG.
+struct Watchdog {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    /// Between two looks at a sync in progress.
+    const PAUSE: Duration = Duration::from_millis(1);
+
+    fn new(shared: &Arc<Shared>) -> Result<Watchdog> {
+        let (control, shared) = (shared.control.clone(), shared.clone());
+        let work = move || {
+            while shared.control.watch(Self::PAUSE) {
+                // Whoever asks is told; a bug is told too, as the container is of no use then.
+                if catch_unwind(AssertUnwindSafe(|| drop(shared.status()))).is_err() {
+                    log::error!("the watchdog of container '{}' ends: a bug in libreshard", shared.label.to_string_lossy());
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("reshard-watchdog".into()).spawn(work);
+        let thread = thread.map_err(|e| err!(RS_ERR_MEMORY, "the thread of RS_CONFIG_WATCHDOG cannot start: {e}"))?;
+        Ok(Watchdog { control, thread: Some(thread) })
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.control.close();
+        if let Some(thread) = self.thread.take() {
+            // It catches its panics.
+            let _ = thread.join();
+        }
     }
 }
 

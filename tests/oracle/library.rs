@@ -242,7 +242,7 @@ impl Container {
         let config = rs_config_t {
             struct_size: size_of::<rs_config_t>(),
             abi: RS_ABI,
-            flags: 0,
+            flags: rank.flags,
             comm: comm.0,
             device: null(),
             preset: null(),

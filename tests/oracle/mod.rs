@@ -12,6 +12,7 @@ pub mod place;
 pub mod plans;
 pub mod run;
 pub mod sabotage;
+#[allow(dead_code)] // `properties` has its own worlds.
 pub mod small;
 pub mod sweep;
 pub mod truth;

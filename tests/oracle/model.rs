@@ -154,6 +154,7 @@ pub struct Rank {
     pub host: u64,
     pub staging: u64,
     pub threads: u32,
+    pub flags: u32,
 }
 
 impl Rank {

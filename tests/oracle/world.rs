@@ -20,7 +20,7 @@ const TIMEOUT_MS: u32 = 120_000;
 pub struct World<'a> {
     pub case: &'a Case,
     pub containers: Vec<Container>,
-    comms: Vec<Comm>,
+    pub comms: Vec<Comm>,
     /// What they borrow.
     pub lent: Vec<Lent>,
     pub wire: Wire,
@@ -283,23 +283,6 @@ impl<'a> World<'a> {
         self.case = case;
         self.versions = case.ranks.iter().map(|r| vec![Some(0); r.buffers.len()]).collect();
         self.all_ok("connect again", |_, c| c.connect())
-    }
-
-    /// Connected containers of the same ranks, on the same memory and communicators.
-    pub fn more(&mut self) -> Result<Vec<Container>, Failure> {
-        let mut all = vec![];
-        for (r, rank) in self.case.ranks.iter().enumerate() {
-            let tables = self.tables_of(self.case, r);
-            let mut container = Container::create(rank, &tables, &self.comms[r], TIMEOUT_MS)?;
-            container.stream = self.memories[r].stream();
-            all.push(container);
-        }
-        let connected: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = all.iter_mut().map(|c| scope.spawn(|| c.connect())).collect();
-            threads.into_iter().map(|t| t.join().expect("no panic")).collect()
-        });
-        connected.into_iter().collect::<Result<Vec<()>, Failure>>()?;
-        Ok(all)
     }
 
     /// New communicators for containers whose old ones failed, and a new connect.

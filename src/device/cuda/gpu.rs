@@ -264,7 +264,14 @@ impl Gpu {
 
     /// Puts a word of pinned host memory on a stream, behind a barrier for all that is there.
     pub fn write_word(&self, stream: Stream, at: u64, value: u64) -> Result<()> {
-        self.word(0, "cuStreamWriteValue64", stream, at, value, sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as c_uint)
+        self.word(
+            0,
+            "cuStreamWriteValue64",
+            stream,
+            at,
+            value,
+            sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as c_uint,
+        )
     }
 
     /// Lets a stream wait until a word of pinned host memory is at least `value`.
