@@ -420,7 +420,8 @@ fn one_round(name: &str, flags: u32, shared: bool, stop: bool, victims: &[i32], 
     }
     let struck = Instant::now();
     // A GPU's streams are given 5 seconds more than the deadline, those of a stopped process too.
-    let bound = Duration::from_secs(if gpu::wanted() { 7 } else { 5 }) + if stop { Duration::from_millis(TIMEOUT_MS.into()) } else { Duration::ZERO };
+    let bound = Duration::from_secs(if gpu::wanted() { 7 } else { 5 })
+        + if stop { Duration::from_millis(TIMEOUT_MS.into()) } else { Duration::ZERO };
     let mut named = false;
     for p in all.iter().filter(|p| !victims.contains(&p.rank)) {
         let line = p.expect("error", bound + Duration::from_secs(2));

@@ -13,7 +13,7 @@ use oracle::gpu::{self, Block};
 use oracle::library::{Container, Failure};
 use oracle::model::Case;
 use oracle::nccl::{self, Maker};
-use oracle::small::two_ranks;
+use oracle::small::{two_alone, two_ranks};
 use oracle::world::{self, Wire, World};
 use reshard::abi::*;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -320,4 +320,86 @@ fn a_watchdog_ends_what_fails() {
     gate.open();
     world.memories[0].bytes();
     world.close().unwrap();
+}
+
+/// A graph repeats the copies, of what the sources then hold; states and versions stay as they were.
+#[test]
+fn a_graph_repeats_what_stays_on_each_rank() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_alone(), live());
+    for wire in [Wire::Loopback, Wire::Local(0)] {
+        let mut world = at_work(&case, wire);
+        world.containers.iter_mut().zip(&world.memories).for_each(|(c, m)| c.stream = m.stream());
+        let stream = |c: &Container| c.stream.cast();
+        let gpu = |c: &Container| c.gpu.expect("weights on a GPU");
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        for c in &world.containers {
+            // SAFETY: a live stream.
+            gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuStreamBeginCapture_v2(stream(c), mode) } as u32, 0));
+        }
+        let graphs = captured(&mut world, 2);
+        assert_eq!(world.containers[0].param("left").unwrap().version, 1, "nothing has moved yet");
+        for version in 3..6 {
+            world.publish(version);
+            let expected = world.expected(&[true; 2], version);
+            for (c, &graph) in world.containers.iter().zip(&graphs) {
+                // SAFETY: a live graph and a live stream.
+                gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuGraphLaunch(graph, stream(c)) } as u32, 0));
+            }
+            world.compare(&expected).unwrap();
+        }
+        // Between replays, syncs go on.
+        world.sync(7, None).unwrap();
+        for (c, &graph) in world.containers.iter().zip(&graphs) {
+            // SAFETY: destroyed once.
+            gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuGraphExecDestroy(graph) } as u32, 0));
+        }
+        world.close().unwrap();
+        assert_eq!(live(), before, "{wire:?}: something is left");
+    }
+}
+
+/// A sync on streams that are being captured, and the graphs that come of it.
+fn captured(world: &mut World<'_>, version: u64) -> Vec<sys::CUgraphExec> {
+    start_any(world, version);
+    ends(world, Duration::from_secs(20)).into_iter().for_each(|answer| answer.unwrap());
+    let end = |c: &Container| {
+        let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
+        gpu::on(c.gpu.expect("weights on a GPU"), || {
+            // SAFETY: the stream is being captured; each call writes its one result.
+            unsafe {
+                assert_eq!(sys::cuStreamEndCapture(c.stream.cast(), &mut graph) as u32, 0);
+                assert_eq!(sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0) as u32, 0);
+                assert_eq!(sys::cuGraphDestroy(graph) as u32, 0);
+            }
+        });
+        ready
+    };
+    world.containers.iter().map(end).collect()
+}
+
+#[test]
+fn a_graph_cannot_ask_other_ranks() {
+    let Some(_alone) = alone() else { return };
+    let case = two_ranks();
+    for wire in wires() {
+        let mut world = at_work(&case, wire);
+        let (stream, gpu) = (world.containers[0].stream.cast(), world.containers[0].gpu.expect("weights on a GPU"));
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a live stream.
+        gpu::on(gpu, || assert_eq!(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) } as u32, 0));
+        let answers = world.all(|_, c| c.start(2, None));
+        let refused = answers[0].as_ref().expect_err("it is being captured");
+        assert!(refused.status == RS_ERR_UNSUPPORTED && refused.text.contains("cannot ask other ranks again"), "{refused}");
+        let told = answers[1].as_ref().expect_err("the other rank is refused");
+        assert!(told.status == RS_ERR_MISMATCH && told.text.contains("rank 0 refused its call"), "{told}");
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: the stream is being captured; the graph is destroyed once.
+        gpu::on(gpu, || unsafe {
+            assert_eq!(sys::cuStreamEndCapture(stream, &mut graph) as u32, 0, "the capture was ended");
+            assert_eq!(sys::cuGraphDestroy(graph) as u32, 0);
+        });
+        world.sync(3, None).unwrap();
+        world.close().unwrap();
+    }
 }

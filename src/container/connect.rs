@@ -47,6 +47,8 @@ pub(super) struct Connected {
     pub bindings: Vec<u64>,
     /// Whether a sync is put on streams, on all ranks alike.
     pub streams: bool,
+    /// Whether no rank exchanges weights with another.
+    pub alone: bool,
     /// Words that streams wait for, where ranks read each other's memory.
     pub signs: Option<Signs>,
     /// Syncs so far whose header was gathered: equal on all ranks.
@@ -203,6 +205,7 @@ impl Container {
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
             streams: records.iter().any(|r| r.streams[0]) && !records.iter().any(|r| r.streams[1]),
+            alone: peers == 0,
             signs: None,
             number: 0,
             links: Links::default(),

@@ -37,6 +37,8 @@ pub(super) struct Flight {
     pub wrote: bool,
     /// Whether what was put on streams cannot be seen to end.
     pub stuck: bool,
+    /// Whether it was put into a graph: nothing has moved.
+    pub captured: bool,
     /// Behind all of it on the stream; `None`: nothing is there.
     pub end: Option<Event>,
     stage: Stage,
@@ -120,6 +122,7 @@ impl Flight {
             subset: None,
             wrote: false,
             stuck: false,
+            captured: false,
             end: None,
             stage: Stage::Moving,
             _turn: turn,

@@ -75,6 +75,7 @@ impl Container {
         let version = flight.header.version;
         let (state, result, stuck) = match over {
             Step::Going => return,
+            Step::Landed if flight.captured => (None, Ok(()), None),
             Step::Landed => {
                 self.count(c, &*flight.comm, flight.subset.is_some(), version, flight.begun);
                 (Some(RS_PARAM_SYNCED), Ok(()), None)
@@ -138,12 +139,14 @@ impl Container {
     fn put(&mut self, comm: &Arc<dyn Comm>, c: &mut Connected, request: &Sync, turn: Turn) -> Result<()> {
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
         c.number += 1;
-        let ready = self.device.check_stream(request.stream);
+        let captured = self.capturing(c, request);
+        let ready = captured.as_ref().map(|_| ()).map_err(Error::clone);
         // Before the header: whoever has that, may let its stream wait for ours.
         let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
         let subset = ready.and_then(|()| self.subset(c, request));
         let header = self.header(c, request, &subset);
         let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
+        flight.captured = captured.unwrap_or(false);
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
         let headers = gather(&**comm, &header, deadline).map_err(fatal);
         let agreed = headers.and_then(|h| subset.and_then(|s| compare(comm.rank(), &h, &header).map(|()| (h, s))));
@@ -164,7 +167,7 @@ impl Container {
             self.control.took_off();
             return Ok(());
         };
-        if flight.end.is_none() {
+        if flight.end.is_none() && !flight.captured {
             let mut end = self.device.record(request.stream);
             if end.is_err() {
                 end = self.device.record(request.stream);
@@ -209,8 +212,29 @@ impl Container {
             comm.allgather(&[0], flight.deadline)?;
             c.signs.as_ref().map_or(Ok(()), |s| s.take_back(flight.stream, flight.number))?;
         }
-        flight.end = Some(self.device.record(flight.stream)?);
+        if flight.captured {
+            // Nothing has run, and nothing tells when something does.
+            flight.wrote = false;
+        } else {
+            flight.end = Some(self.device.record(flight.stream)?);
+        }
         Ok(())
+    }
+
+    /// Whether the stream is being captured into a graph. An error where a graph could not repeat the sync.
+    fn capturing(&self, c: &Connected, request: &Sync) -> Result<bool> {
+        let capturing = self.device.check_stream(request.stream)?;
+        if capturing && !(c.streams && c.alone) {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "the stream is being captured into a graph, which cannot ask other ranks again: only a sync in which all weights of every \
+                 rank stay on that rank can be"
+            );
+        }
+        if capturing && request.only.is_some() {
+            bail!(RS_ERR_UNSUPPORTED, "the stream is being captured into a graph: such a sync takes all tensors, without `only`");
+        }
+        Ok(capturing)
     }
 
     /// What this rank says of its sync.
@@ -229,8 +253,8 @@ impl Container {
         let begun = Instant::now();
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
         // What the caller's stream still does to the sources, others must not read.
-        let ready = self.device.check_stream(request.stream);
-        let ready = ready.and_then(|()| settle(&*self.device, request.stream, comm, deadline));
+        let ready = self.capturing(c, request);
+        let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));
         let subset = ready.and_then(|()| self.subset(c, request));
         let mine = self.header(c, request, &subset);
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
@@ -267,7 +291,11 @@ impl Container {
         deadline: Deadline,
     ) -> Result<()> {
         if headers.iter().zip(&c.bindings).any(|(h, &known)| h.binding != known) {
-            self.open(comm, c, deadline)?;
+            // Where nobody exchanges weights, others' addresses are nothing to us.
+            let own = comm.rank() as usize;
+            if !c.alone || c.bindings.get(own) != Some(&self.binding) {
+                self.open(comm, c, deadline)?;
+            }
             c.bindings = headers.iter().map(|h| h.binding).collect();
         }
         if subset.is_some() && c.subset.as_ref().is_none_or(|s| s.0 != mine.subset) {

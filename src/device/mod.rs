@@ -102,9 +102,9 @@ pub trait Device: Send + Sync {
     }
     /// Whether its copies convert values.
     fn converts(&self) -> bool;
-    /// Refuses a stream that work cannot be put on.
-    fn check_stream(&self, _stream: Stream) -> Result<()> {
-        Ok(())
+    /// Refuses a stream that work cannot be put on; whether it is being captured into a graph, which repeats what is put there.
+    fn check_stream(&self, _stream: Stream) -> Result<bool> {
+        Ok(false)
     }
     /// Staging memory.
     fn alloc(&self, bytes: usize) -> Result<Mem>;

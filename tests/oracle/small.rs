@@ -57,3 +57,16 @@ pub fn two_ranks() -> Case {
     );
     Case { seed: 0, tensors: vec![tensor("A", fp32, 1), tensor("B", bf16, 2)], ranks: vec![source, target] }
 }
+
+/// Two ranks that have both sides of that world: no weight goes from one to the other.
+pub fn two_alone() -> Case {
+    let mut case = two_ranks();
+    let [source, target] = &case.ranks[..] else { unreachable!("two ranks") };
+    let mut both = source.clone();
+    let (blocks, buffers) = (source.blocks.len(), source.buffers.len());
+    both.blocks.extend(&target.blocks);
+    both.buffers.extend(target.buffers.iter().map(|b| Buffer { block: b.block + blocks, ..b.clone() }));
+    both.tiles.extend(target.tiles.iter().map(|t| Tile { buffer: t.buffer + buffers, ..t.clone() }));
+    case.ranks = vec![both.clone(), both];
+    case
+}

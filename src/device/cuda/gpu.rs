@@ -312,8 +312,8 @@ impl Gpu {
         self.api.done("cuMemcpyAsync", answer)
     }
 
-    /// Refuses a stream of another context, and one that is being captured: a sync asks other ranks, which a graph cannot repeat.
-    pub fn check_stream(&self, stream: Stream) -> Result<()> {
+    /// Refuses a stream of another context; whether it is being captured.
+    pub fn check_stream(&self, stream: Stream) -> Result<bool> {
         if stream == PER_THREAD {
             bail!(RS_ERR_UNSUPPORTED, "the stream is cudaStreamPerThread, which is another one on every thread: make a stream");
         }
@@ -329,15 +329,14 @@ impl Gpu {
                 );
             }
             match (self.api.cuStreamIsCapturing)(handle(stream), &mut capturing) {
-                // The default stream, while another one that waits for it is captured.
-                CAPTURE_IMPLICIT => capturing = CAPTURE_IMPLICIT,
+                CAPTURE_IMPLICIT => bail!(
+                    RS_ERR_UNSUPPORTED,
+                    "the default stream cannot be used while another stream that waits for it is captured into a graph"
+                ),
                 answer => self.api.done("cuStreamIsCapturing", answer)?,
             }
         }
-        if capturing != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_int {
-            bail!(RS_ERR_UNSUPPORTED, "the stream is being captured into a graph; a sync cannot be");
-        }
-        Ok(())
+        Ok(capturing != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_int)
     }
 
     /// Makes sure that kernels can use an address that was described as memory of `kind`.

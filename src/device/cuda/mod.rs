@@ -98,7 +98,7 @@ impl Device for CudaDevice {
         true
     }
 
-    fn check_stream(&self, stream: Stream) -> Result<()> {
+    fn check_stream(&self, stream: Stream) -> Result<bool> {
         self.named(self.gpu.check_stream(stream))
     }
 
