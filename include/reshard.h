@@ -48,16 +48,20 @@
  *
  * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a
  * time. Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside
- * nothing. No thread of the library outlives a call. A fork()ed child may not use a handle of its parent.
+ * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG. A fork()ed child may not use a handle of its parent.
  *
  * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
  * happened to the other ranks.
  *
- * Streams. With weights on a device, what is on rs_sync_t.stream before the call comes first: sources are read and targets written
- * after it. rs_sync_weights() may answer RS_IN_PROGRESS once its work is enqueued there: the stream's end means that this rank has landed,
- * rs_container_poll() tells when all ranks have. On host memory it returns when done. NULL is the device's default stream. This version
- * waits for the stream inside the call, and so never answers RS_IN_PROGRESS; who polls while he gets it is ready for one that does.
+ * Streams. With weights on GPUs a sync is put on rs_sync_t.stream: behind what is there, which may still write the sources or read the
+ * targets, and before what comes there next, which may read the targets and write the sources again. rs_sync_weights() asks the other
+ * ranks, on the host, puts its work there and answers RS_IN_PROGRESS; it waits for no stream, device or context. The stream's end means that
+ * this rank has landed. Then every rank calls rs_container_poll(), which does not wait, until it answers otherwise: RS_OK means that all
+ * have landed. Until then no other call may change the container, nor use its communicator. Without polls nobody sees a deadline pass or
+ * a peer die, and what then stands still on the stream goes on standing: poll, or set RS_CONFIG_WATCHDOG. On host memory, on a caller's
+ * device (rs_device_t), with a caller's communicator (rs_comm_ops_t), and where streams cannot wait for words of memory (an old driver: the
+ * log says so) the call returns when all is done. NULL is the device's default stream.
  *
  * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container
  * is given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
@@ -192,6 +196,12 @@ typedef int32_t rs_status_t;
 
 /** `rs_comm_local_t.flags`: memory that is not from rs_mem_alloc() always passes through shared-memory rings. */
 #define RS_LOCAL_RING 2
+
+/**
+ * `rs_config_t.flags`: a thread of the library calls rs_container_poll() while a sync is in progress, so that a peer's death or a deadline
+ * ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
+ */
+#define RS_CONFIG_WATCHDOG 1
 
 /** `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong). */
 #define RS_PARAM_INITIAL 0
@@ -447,7 +457,7 @@ typedef struct rs_config_t {
     size_t struct_size;
     /** RS_ABI. */
     uint32_t abi;
-    /** 0. */
+    /** RS_CONFIG_WATCHDOG or 0. */
     uint32_t flags;
     /** The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows. */
     rs_comm_t *comm;
@@ -494,7 +504,7 @@ typedef struct rs_sync_t {
     const char *const *only;
     /** Entries of `only`. */
     size_t only_count;
-    /** Longest that the call may take, in milliseconds; 0: the container's. */
+    /** Longest that the sync may take, from the call to its end, in milliseconds; 0: the container's. */
     uint32_t timeout_ms;
     /** 0. */
     uint32_t flags;
@@ -723,19 +733,26 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
 /**
  * Moves the weights: what the sources hold goes into the targets' own memory.
  *
- * RS_OK: every rank has landed this version. With weights on a device it may answer RS_IN_PROGRESS instead: all is enqueued on
- * sync->stream, the stream's end means that this rank has landed, and rs_container_poll() tells when all have.
+ * RS_OK: every rank has landed this version. RS_IN_PROGRESS, with weights on GPUs: all is put on sync->stream; then rs_container_poll() on
+ * every rank tells the end, and errors as below. "Streams" above says more.
  *
- * While it runs, no source may be written and no target read. When it returns, whatever it answers, no rank reads this rank's
- * sources any more. After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+ * While it runs, no source may be written and no target read, but by what comes behind it on its stream. When it has ended, whatever the
+ * answer, no rank reads this rank's sources any more, and nothing of it is on this rank's streams. (After a failure that takes up to 6
+ * seconds beyond the deadline: GPUs finish what they began. What they have not finished by then is theirs until they do.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
  * written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
  * succeeds.
  *
  * Collective: every rank of the communicator calls it, with the same version and the same `only`. No rank waits longer than its
- * timeout. sync is copied; the progress function is called on this thread, during the call.
+ * timeout, which runs from this call, over the polls. sync is copied; the progress function is called on this thread, during the call, and
+ * not at all after RS_IN_PROGRESS.
  *
- * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again), RS_ERR_NOT_FOUND (an entry
- * of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY,
+ * A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else RS_ERR_UNSUPPORTED), on all
+ * ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
+ * copies, until this container is rebound, connected or destroyed; it asks nobody, and changes no parameter's state or version.
+ *
+ * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; or a sync is in progress: poll), RS_ERR_NOT_FOUND (an entry
+ * of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
+ * progress on this communicator),
  * and the fatal ones, after which the container needs a new communicator and a connect.
  */
 rs_status_t rs_sync_weights(rs_container_t *container, const rs_sync_t *sync);
@@ -743,7 +760,7 @@ rs_status_t rs_sync_weights(rs_container_t *container, const rs_sync_t *sync);
 /**
  * How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while
  * one runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until
- * it answers otherwise.
+ * it answers otherwise: it is what finds a passed deadline or a dead peer, ends what waits for them on the stream, and agrees with the others.
  *
  * Does not wait. Any thread, at any time, beside any other call.
  */
@@ -759,6 +776,8 @@ rs_status_t rs_container_abort(const rs_container_t *container);
 
 /**
  * The parameter of this name as the framework knows it: the target of that name, else the source.
+ *
+ * While a sync is in progress on a stream, state and version are those before it.
  *
  * - name: `rs_buffer_t.name`.
  * - out: set out->struct_size; the rest is written. Its pointers are borrowed from the container until rebind or destroy.
@@ -791,7 +810,8 @@ rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what
 /**
  * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
  *
- * The last call on it, on any thread, beside no other. It does not wait for other ranks.
+ * The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on all
+ * ranks, and what GPUs have begun of it is waited for, at most 6 seconds.
  */
 void rs_container_destroy(rs_container_t *container);
 
@@ -1030,7 +1050,7 @@ const char *rs_last_error(void);
  * Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
  * returns, no thread is inside the former function any more.
  *
- * - function: called from any thread that is inside a call, by several at once; its strings are valid during the call. It may not
+ * - function: called from any thread that is inside a call, and from that of RS_CONFIG_WATCHDOG, by several at once; its strings are valid during the call. It may not
  *   call this library. NULL: no lines.
  * - user: its first argument.
  * - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.

@@ -372,7 +372,7 @@ pub struct rs_sync_t {
     pub only: *const *const c_char,
     /// Entries of `only`.
     pub only_count: usize,
-    /// Longest that the call may take, in milliseconds; 0: the container's.
+    /// Longest that the sync may take, from the call to its end, in milliseconds; 0: the container's.
     pub timeout_ms: u32,
     /// 0.
     pub flags: u32,

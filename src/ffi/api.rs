@@ -125,19 +125,26 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 
 /// Moves the weights: what the sources hold goes into the targets' own memory.
 ///
-/// RS_OK: every rank has landed this version. With weights on a device it may answer RS_IN_PROGRESS instead: all is enqueued on
-/// sync->stream, the stream's end means that this rank has landed, and rs_container_poll() tells when all have.
+/// RS_OK: every rank has landed this version. RS_IN_PROGRESS, with weights on GPUs: all is put on sync->stream; then rs_container_poll() on
+/// every rank tells the end, and errors as below. "Streams" above says more.
 ///
-/// While it runs, no source may be written and no target read. When it returns, whatever it answers, no rank reads this rank's
-/// sources any more. After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+/// While it runs, no source may be written and no target read, but by what comes behind it on its stream. When it has ended, whatever the
+/// answer, no rank reads this rank's sources any more, and nothing of it is on this rank's streams. (After a failure that takes up to 6
+/// seconds beyond the deadline: GPUs finish what they began. What they have not finished by then is theirs until they do.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
 /// written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
 /// succeeds.
 ///
 /// Collective: every rank of the communicator calls it, with the same version and the same `only`. No rank waits longer than its
-/// timeout. sync is copied; the progress function is called on this thread, during the call.
+/// timeout, which runs from this call, over the polls. sync is copied; the progress function is called on this thread, during the call, and
+/// not at all after RS_IN_PROGRESS.
 ///
-/// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again), RS_ERR_NOT_FOUND (an entry
-/// of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY,
+/// A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else RS_ERR_UNSUPPORTED), on all
+/// ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
+/// copies, until this container is rebound, connected or destroyed; it asks nobody, and changes no parameter's state or version.
+///
+/// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; or a sync is in progress: poll), RS_ERR_NOT_FOUND (an entry
+/// of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
+/// progress on this communicator),
 /// and the fatal ones, after which the container needs a new communicator and a connect.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *const rs_sync_t) -> rs_status_t {
@@ -150,7 +157,7 @@ pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *
 
 /// How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while
 /// one runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until
-/// it answers otherwise.
+/// it answers otherwise: it is what finds a passed deadline or a dead peer, ends what waits for them on the stream, and agrees with the others.
 ///
 /// Does not wait. Any thread, at any time, beside any other call.
 #[unsafe(no_mangle)]
@@ -170,6 +177,8 @@ pub unsafe extern "C" fn rs_container_abort(container: *const rs_container_t) ->
 }
 
 /// The parameter of this name as the framework knows it: the target of that name, else the source.
+///
+/// While a sync is in progress on a stream, state and version are those before it.
 ///
 /// - name: `rs_buffer_t.name`.
 /// - out: set out->struct_size; the rest is written. Its pointers are borrowed from the container until rebind or destroy.
@@ -223,7 +232,8 @@ pub unsafe extern "C" fn rs_container_describe(
 
 /// Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
 ///
-/// The last call on it, on any thread, beside no other. It does not wait for other ranks.
+/// The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on all
+/// ranks, and what GPUs have begun of it is waited for, at most 6 seconds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
     // SAFETY: what the comment asks of the caller.
@@ -544,7 +554,7 @@ pub extern "C" fn rs_last_error() -> *const c_char {
 /// Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
 /// returns, no thread is inside the former function any more.
 ///
-/// - function: called from any thread that is inside a call, by several at once; its strings are valid during the call. It may not
+/// - function: called from any thread that is inside a call, and from that of RS_CONFIG_WATCHDOG, by several at once; its strings are valid during the call. It may not
 ///   call this library. NULL: no lines.
 /// - user: its first argument.
 /// - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.

@@ -15,10 +15,13 @@ green=()
 tests/standin/build.sh
 mkdir -p "$copy"
 
-# The tests of the copy; fails if one does.
+# tested DRIVER TEST ...: these tests of the copy over that driver; fails if one does.
 tested() {
-    LD_LIBRARY_PATH=$PWD/target/standin CARGO_TARGET_DIR=$PWD/target/mutations/target \
-        cargo test --quiet --locked --manifest-path "$copy/Cargo.toml" --test cuda --test properties
+    local driver=$1 tests=()
+    shift
+    for test in "$@"; do tests+=(--test "$test"); done
+    LD_LIBRARY_PATH=$PWD/target/$driver CARGO_TARGET_DIR=$PWD/target/mutations/target \
+        cargo test --quiet --locked --manifest-path "$copy/Cargo.toml" "${tests[@]}"
 }
 
 fresh() {
@@ -32,9 +35,11 @@ chosen() {
     return 1
 }
 
-# mutation NAME FILE OLD NEW: the text OLD, which the file has once, becomes NEW.
+# mutation NAME FILE OLD NEW [DRIVER TEST ...]: the text OLD, which the file has once, becomes NEW. The tests are cuda and properties, if
+# it does not say others.
 mutation() {
-    local name=$1 file=$2
+    local name=$1 file=$2 with=("${@:5}")
+    [ ${#with[@]} -gt 0 ] || with=(standin cuda properties)
     chosen "$name" || return 0
     fresh
     python3 - "$copy/$file" "$3" "$4" <<'PY'
@@ -45,7 +50,7 @@ if text.count(old) != 1:
     sys.exit(f"{path} has {text.count(old)} times: {old}")
 open(path, "w").write(text.replace(old, new))
 PY
-    if tested >"target/mutations/$name.log" 2>&1; then
+    if tested "${with[@]}" >"target/mutations/$name.log" 2>&1; then
         green+=("$name")
         printf '%-22s NOT SEEN\n' "$name"
     elif grep -q 'error: could not compile' "target/mutations/$name.log"; then
@@ -58,7 +63,7 @@ PY
 }
 
 fresh
-tested >target/mutations/unchanged.log 2>&1 || { echo "the tests fail without any mutation: target/mutations/unchanged.log"; exit 1; }
+{ tested standin cuda properties streams nccl && tested standin-old cuda properties; } >target/mutations/unchanged.log 2>&1 || { echo "the tests fail without any mutation: target/mutations/unchanged.log"; exit 1; }
 
 gpu=src/device/cuda/gpu.rs
 mutation context-restored $gpu '(self.gpu.api.cuCtxPopCurrent_v2)(&mut popped);' 'let _: &mut CUcontext = &mut popped;'
@@ -72,8 +77,8 @@ mutation upload-waited $gpu 'self.api.done("cuMemcpyHtoDAsync", copied)?;
             self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream))' 'self.api.done("cuMemcpyHtoDAsync", copied)'
 mutation memory-waited $gpu 'let waited = self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream));' 'let waited: Result<()> = Ok(());'
 mutation peers-enabled src/device/cuda/gpu.rs 'if found.ordinal == id => self.enable_peer(id),' 'if found.ordinal == id => Ok(()),'
-mutation sources-waited src/container/sync.rs 'let ready = ready.and_then(|()| settle(&*self.device, request.stream, comm, deadline));' 'let _ = settle;'
-mutation reads-waited src/exec/mod.rs 'batches.units.start(self.stream).and_then(|()| self.settle())' 'batches.units.start(self.stream)'
+mutation sources-waited src/container/sync.rs 'let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));' 'let ready = ready.map(|_| drop(settle));' standin-old cuda properties
+mutation reads-waited src/exec/mod.rs 'batches.units.start(self.stream).and_then(|()| self.settle())' 'batches.units.start(self.stream)' standin-old cuda properties
 mutation packs-waited src/exec/group.rs 'self.pack(run, round, staging)?;
             run.settle()?;' 'self.pack(run, round, staging)?;'
 mutation peers-asked $gpu 'let mapped = capable & 0xff == 0 && managed & 0xff == 0;' 'let mapped = false;'
@@ -81,6 +86,43 @@ mutation import-closed src/device/cuda/ipc.rs 'unsafe { (self.gpu.api.cuIpcClose
 mutation offset-added src/device/cuda/ipc.rs '(base + export.offset) as usize' 'base as usize'
 mutation stream-checked $gpu 'if context != self.context {' 'if false {'
 mutation memory-checked src/container/mod.rs 'device.reach(*mem).map_err(|e| e.context(format_args!("buffer '"'{}'"'", buffer.name)))?;' ''
+
+signs=src/exec/signs.rs
+mutation ready-waited $signs 'self.owners.iter().try_for_each(|(_, page)| self.signals()?.wait(stream, page.mem(ready(self.me)), number))' 'Ok(())'
+mutation readers-waited $signs 'self.readers.iter().try_for_each(|(_, page)| self.signals()?.wait(stream, page.mem(done(self.me)), number))' 'Ok(())' standin streams
+mutation ready-behind-work src/container/sync.rs 's.ready(request.stream, c.number)' 's.ready(0, c.number)'
+mutation reads-behind-word src/exec/mod.rs 'signs.leave(self.stream, number)?;' 'signs.left(number);' standin streams
+mutation entered-said $signs 'self.mine.word(ENTERED).store(number, SeqCst);' '' standin cuda streams
+mutation waits-released $signs 'self.owners.iter().filter(|(rank, _)| over(rank)).for_each(|(_, page)| grow(page.word(ready(self.me)), END));' '' standin streams
+mutation page-unpinned src/device/cuda/own.rs 'unsafe { (self.gpu.api.cuMemHostUnregister)(ptr::with_exposed_provenance_mut(self.at)) };' 'let _ = self.at;'
+mutation end-forgotten src/container/flight.rs '            self.device.forget(end);
+        }
+    }
+}
+
+/// A connection' '            let _ = end;
+        }
+    }
+}
+
+/// A connection' standin streams
+mutation turn-given-back src/container/flight.rs 'later.taken().store(false, Ordering::Release);' 'let _ = later;'
+mutation wreck-kept src/container/sync.rs 'self.wrecks.push(Wreck::new(stuck, c));' 'drop((stuck, c));' standin streams
+mutation graphs-refused src/container/sync.rs 'if capturing && !(c.streams && c.alone) {' 'if false {' standin streams
+
+group=src/exec/group.rs
+mutation rounds-forked $group 'streams.iter().try_for_each(|&s| order(device, run.stream, s))' 'streams.iter().try_for_each(|_| Ok(()))'
+mutation rounds-joined $group 'let joined = streams.iter().map(|&s| order(device, s, run.stream)).fold(Ok(()), Result::and);' 'let joined: Result<()> = Ok(());'
+mutation sends-behind-packs $group 'order(device, pack, wire)?;' ''
+mutation packs-behind-sends $group 'sent.before(pack)?;' ''
+mutation receives-behind-unpacks $group 'unpacked.before(wire)?;' ''
+mutation unpacks-behind-receives $group 'sent.before(unpack)?;' ''
+mutation group-on-stream $group 'self.on_stream(run)?;' ''
+nccl=src/comm/nccl/mod.rs
+mutation nccl-destroyed $nccl 'unsafe { (self.nccl.ncclCommDestroy)(state.comm) };' '' standin nccl
+mutation nccl-borrowed $nccl 'if !self.owned {' 'if false {' standin nccl
+mutation nccl-gather-freed $nccl 'self.gpu.free(gather.device);' 'let _ = gather.device;' standin nccl
+mutation nccl-error-asked $nccl 'answer => self.nccl.done("an earlier call of NCCL", answer).map_err(|e| self.fail(e)).map(|()| true),' '_ => Ok(true),' standin nccl
 
 printf '\n%d seen, %d not\n' "$red" "${#green[@]}"
 [ "${#green[@]}" -eq 0 ] && [ "$red" -gt 0 ]
