@@ -180,6 +180,10 @@ pub trait Windows: Sync {
     /// Tells each reader in `offers` which blocks of ours it may read, and learns what each of `owners` lets us read. Both lists are
     /// sorted by rank; a rank is in one's `offers` exactly where it has us in its `owners`. Windows of an earlier exchange end.
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened>;
+    /// All of the shared memory that a mapped block of host memory lies in, if it does, as a device can register it.
+    fn mapping(&self, _block: Mem) -> Result<Option<Mem>> {
+        Ok(None)
+    }
     /// Gives each of `peers`, which are sorted and ask for the same, so many words of this rank: its own page, then those of the peers.
     fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>>;
     /// Whether a block of access [`Access::Remote`] is read by its reader rather than sent, for pieces whose contiguous runs at the

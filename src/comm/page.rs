@@ -3,7 +3,7 @@
 //! Knows words and who may use them. Must not know what they count.
 
 use super::local::sys::{self, Mapping};
-use crate::device::{Mem, Registered, Signals};
+use crate::device::{Device, Mem, Registered};
 use crate::error::{Result, err};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
@@ -46,12 +46,12 @@ impl Page {
     }
 
     /// Lets the streams of all devices of this process use it, as long as it is there. Once is enough, whoever asks.
-    pub fn register(&self, signals: &dyn Signals) -> Result<()> {
+    pub fn register(&self, device: &dyn Device) -> Result<()> {
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         if registered.is_none() {
             // SAFETY: our mapping, which outlives what is registered here.
             let all = unsafe { Mem::new(self.memory.addr() as *mut u8, self.memory.len()) };
-            *registered = Some(signals.register(all)?);
+            *registered = Some(device.register(all)?);
         }
         Ok(())
     }

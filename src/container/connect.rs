@@ -5,7 +5,7 @@ use super::flight::Turn;
 use super::sync::give_up;
 use super::{Container, FromSpec, Phase, held};
 use crate::abi::*;
-use crate::comm::{Access, Comm, Deadline, Group, Window};
+use crate::comm::{Access, Comm, Deadline, Group, Window, Windows};
 use crate::device::Copies;
 use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::{Batches, Places};
@@ -361,7 +361,8 @@ impl Container {
                     bail!(RS_ERR_PEER, "rank {owner} offered {} buffers where the plan reads {}", list.len(), row.len());
                 }
                 for window in &mut list {
-                    self.reach(window, &mut c.links.kept).map_err(|e| e.context(format_args!("weights of rank {owner}")))?;
+                    self.reach(windows, window, &mut c.links.kept)
+                        .map_err(|e| e.context(format_args!("weights of rank {owner}")))?;
                 }
                 c.links.opened.push((owner, row, list.iter().map(Window::access).collect()));
                 c.links.windows.push(list);
@@ -378,7 +379,7 @@ impl Container {
     }
 
     /// Makes sure that our device can read another rank's memory; what that opens is kept open by what `kept` gets.
-    fn reach(&self, window: &mut Window, kept: &mut Vec<Kept>) -> Result<()> {
+    fn reach(&self, windows: &dyn Windows, window: &mut Window, kept: &mut Vec<Kept>) -> Result<()> {
         match *window {
             Window::Exported(export) => {
                 let (mem, open) = self.device.import(&export)?;
@@ -388,12 +389,17 @@ impl Container {
             }
             Window::Mapped(mem) => {
                 let (kind, id) = mem.kind();
+                let shared = if kind == RS_DEVICE_CPU && self.device.id().0 != kind { windows.mapping(mem)? } else { None };
+                if let Some(shared) = shared {
+                    kept.push(self.device.register(shared)?);
+                    return Ok(());
+                }
                 // Of another device of that type perhaps.
                 if !self.device.holds((kind, self.device.id().1)) {
                     bail!(
                         RS_ERR_UNSUPPORTED,
                         "they are in memory of device (type {kind}, id {id}), which '{}' cannot read; host memory that a GPU reads \
-                         must be pinned and bound as RS_DEVICE_CUDA_HOST ({RS_DEVICE_CUDA_HOST})",
+                         must be pinned and bound as RS_DEVICE_CUDA_HOST ({RS_DEVICE_CUDA_HOST}), or, of another process, from rs_mem_alloc()",
                         self.device.name()
                     );
                 }
@@ -408,8 +414,8 @@ impl Container {
         if self.device.id().0 != RS_DEVICE_CPU {
             bail!(
                 RS_ERR_UNSUPPORTED,
-                "'{}' moves through memory that processes share: a GPU's from cudaMalloc() (not of PyTorch's expandable segments, not \
-                 pinned host memory); use rs_comm_from_nccl()",
+                "'{}' moves through memory that processes share: a GPU's from cudaMalloc() (not of PyTorch's expandable segments), or the \
+                 host's from rs_mem_alloc(); use these, or rs_comm_from_nccl()",
                 self.device.name()
             );
         }

@@ -100,6 +100,10 @@ pub trait Device: Send + Sync {
     fn import(&self, _export: &Export) -> Result<Imported> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot open memory of another process", self.name())
     }
+    /// Lets its streams use a block of host memory at the host's address, until what this gives is dropped.
+    fn register(&self, _host: Mem) -> Result<Registered> {
+        bail!(RS_ERR_UNSUPPORTED, "'{}' cannot use host memory", self.name())
+    }
     /// Whether its copies convert values.
     fn converts(&self) -> bool;
     /// Refuses a stream that work cannot be put on; whether it is being captured into a graph, which repeats what is put there.
@@ -136,15 +140,13 @@ pub fn order(device: &dyn Device, first: Stream, then: Stream) -> Result<()> {
 
 /// 64-bit words of host memory by which streams of several ranks wait for each other. They only grow.
 pub trait Signals: Sync {
-    /// Lets streams use a block of host memory, until what this gives is dropped.
-    fn register(&self, words: Mem) -> Result<Registered>;
     /// Makes the word `value` once all that is on the stream is done and can be seen by everybody.
     fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
     /// Lets what is started later on the stream wait until the word is at least `value`.
     fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
 }
 
-/// Memory that streams may use as long as this lives.
+/// Host memory that streams may use as long as this lives.
 pub type Registered = Arc<dyn Any + Send + Sync>;
 
 /// How a device takes lists of copies.

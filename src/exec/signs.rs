@@ -63,8 +63,8 @@ impl Signs {
         let theirs: Vec<(u32, Arc<Page>)> = peers.into_iter().zip(pages).collect();
         let of = |ranks: &[u32]| theirs.iter().filter(|t| ranks.contains(&t.0)).cloned().collect();
         let signs = Signs { device: device.clone(), me: comm.rank(), mine, readers: of(readers), owners: of(owners) };
-        signs.mine.register(signs.signals()?)?;
-        theirs.iter().try_for_each(|(_, page)| page.register(signs.signals()?))?;
+        signs.mine.register(&**device)?;
+        theirs.iter().try_for_each(|(_, page)| page.register(&**device))?;
         Ok(signs)
     }
 

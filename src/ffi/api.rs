@@ -394,8 +394,9 @@ pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
 /// - local: copied, with its name.
 /// - out: the new communicator, the caller's to destroy.
 ///
-/// Weights on GPUs: both ends of a pair are on GPUs, the same or peers. Memory of cudaMalloc() is opened by its readers; others cannot open
-/// memory of PyTorch's expandable segments, of pools, or pinned host memory: connect refuses it. Free what peers read only when their
+/// Weights on GPUs: GPUs of a pair are the same or peers. Memory of cudaMalloc() is opened by its readers. So is host memory of
+/// rs_mem_alloc(), which a GPU reads over the bus, pinned by its owner or not: that of a trainer that has offloaded its weights. Others cannot
+/// open memory of PyTorch's expandable segments, of pools, or other host memory: connect refuses it. Free what peers read only when their
 /// containers are destroyed, have been rebound and synced, or their processes have ended.
 ///
 /// Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
@@ -507,7 +508,7 @@ pub unsafe extern "C" fn rs_comm_destroy(comm: *mut rs_comm_t) {
 }
 
 /// Host memory that the processes of this host can read at memcpy's rate: weights that lie in it are not copied on their way to an
-/// rs_comm_local() peer. Zeroed, aligned to a page, all of it present.
+/// rs_comm_local() peer, which may be a GPU's. Pin it with cudaHostRegister() to copy to and from it with a GPU of one's own. Zeroed, aligned to a page, all of it present.
 ///
 /// - bytes: at least 1.
 /// - flags: 0.

@@ -40,7 +40,7 @@ source tests/steps.sh "$@"
 
 build() {
     cargo build --locked --release --lib
-    cargo test --locked --release --no-run --test properties --test cuda --test kills
+    cargo test --locked --release --no-run --test properties --test cuda --test streams --test offload --test kills
     cargo bench --locked --no-run --bench gpu
 }
 
@@ -66,6 +66,8 @@ left_out=()
 step build      1200 build
 step properties 1800 some_tests cargo test --locked --release --test properties
 step cuda       1200 some_tests cargo test --locked --release --test cuda
+step streams    1200 some_tests cargo test --locked --release --test streams
+step offload    1200 some_tests cargo test --locked --release --test offload
 step kills      1200 some_tests cargo test --locked --release --test kills
 if command -v compute-sanitizer >/dev/null; then
     step memcheck  1800 sanitized memcheck --report-api-errors no

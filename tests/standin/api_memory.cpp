@@ -1,6 +1,8 @@
 // Allocation and registration of memory, and what the interface tells about an address.
 #include "standin.h"
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <sys/mman.h>
 
 using namespace standin;
@@ -116,6 +118,19 @@ EXPORT CUresult cuMemFreeHost(void *pointer) {
     return call.injected;
 }
 
+// Whether the host may write all of these addresses.
+static bool writable(uint64_t low, uint64_t high) {
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; low < high && std::getline(maps, line);) {
+        unsigned long long start, end;
+        char access[5];
+        if (std::sscanf(line.c_str(), "%llx-%llx %4s", &start, &end, access) != 3 || end <= low) continue;
+        if (start > low || access[1] != 'w') return false;
+        low = end;
+    }
+    return low >= high;
+}
+
 EXPORT CUresult cuMemHostRegister_v2(void *pointer, size_t bytes, unsigned flags) {
     BEGIN;
     call.safe_in_capture();
@@ -124,6 +139,7 @@ EXPORT CUresult cuMemHostRegister_v2(void *pointer, size_t bytes, unsigned flags
     if (!pointer || !bytes || (flags & ~15u) || in_device_range(start)) return CUDA_ERROR_INVALID_VALUE;
     if (flags & 12) return CUDA_ERROR_NOT_SUPPORTED; // I/O memory, and read-only, as the attribute says
     if (msync(reinterpret_cast<void *>(page), start + bytes - page, MS_ASYNC) != 0) return CUDA_ERROR_INVALID_VALUE; // not mapped
+    if (!writable(page, start + bytes)) return CUDA_ERROR_INVALID_VALUE; // without the read-only flag
     auto next = state().regions.lower_bound(start + bytes);
     if (next != state().regions.begin()) {
         auto &before = std::prev(next)->second;

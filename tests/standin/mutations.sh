@@ -109,6 +109,7 @@ mutation end-forgotten src/container/flight.rs '            self.device.forget(e
 mutation turn-given-back src/container/flight.rs 'later.taken().store(false, Ordering::Release);' 'let _ = later;'
 mutation wreck-kept src/container/sync.rs 'self.wrecks.push(Wreck::new(stuck, c));' 'drop((stuck, c));' standin streams
 mutation graphs-refused src/container/sync.rs 'if capturing && !(c.streams && c.alone) {' 'if false {' standin streams
+mutation host-pinned src/container/connect.rs 'kept.push(self.device.register(shared)?);' '' standin offload
 
 group=src/exec/group.rs
 mutation rounds-forked $group 'streams.iter().try_for_each(|&s| order(device, run.stream, s))' 'streams.iter().try_for_each(|_| Ok(()))'

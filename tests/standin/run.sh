@@ -23,7 +23,7 @@ for ((seed = 1; seed <= seeds; seed++)); do
     STANDIN_SEED=$seed over target/standin properties
 done
 echo "every call may fail"
-over target/standin cuda nccl
+over target/standin cuda nccl streams offload
 echo "processes, killed and stopped"
 over target/standin kills
 echo "an old driver"

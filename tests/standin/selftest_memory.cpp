@@ -175,6 +175,7 @@ static void kernel_reads_registered() {
     GIVES(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, cuMemHostUnregister(words));
     HOLDS(words_at(memory.at, 1)[0] == 8);
     void *gone = mmap(nullptr, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    GIVES(CUDA_ERROR_INVALID_VALUE, cuMemHostRegister_v2(gone, 4096, 0)); // not to be written
     munmap(gone, 4096);
     GIVES(CUDA_ERROR_INVALID_VALUE, cuMemHostRegister_v2(gone, 4096, 0));
 }

@@ -190,6 +190,10 @@ impl Windows for Local {
         windows::exchange(&self.mesh, &self.mapped, self.force, offers, owners, deadline)
     }
 
+    fn mapping(&self, block: Mem) -> Result<Option<Mem>> {
+        self.mapped.whole(block)
+    }
+
     fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>> {
         let (page, file) = Page::new(words).map_err(|e| self.mesh.fail(e))?;
         let letter = Letter { kind: Kind::Words, bytes: &[], memory: &[file.as_fd()] };

@@ -362,6 +362,13 @@ impl Mapping {
         unsafe { libc::madvise((self.addr + offset) as *mut _, end - offset, advice) };
     }
 
+    /// Lets it be written too, as devices want what they are to pin.
+    pub fn unlock(&self) -> io::Result<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: our own mapping; more access than before takes nothing from anybody.
+        call(|| unsafe { libc::mprotect(self.addr as *mut _, self.len, access) } as isize).map(drop)
+    }
+
     fn at(&self, offset: usize, bytes: usize) -> usize {
         assert!(offset % bytes == 0 && offset + bytes <= self.len);
         self.addr + offset

@@ -182,6 +182,15 @@ impl Base {
 }
 
 impl Mapped {
+    /// The mapping that a block lies in, as a device can pin it.
+    pub fn whole(&self, block: Mem) -> Result<Option<Mem>> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let holds = |m: &Mapping| m.addr() <= block.addr() && block.addr() + block.len() <= m.addr() + m.len();
+        let Some((_, mapping)) = all.iter().find(|(_, m)| holds(m)) else { return Ok(None) };
+        mapping.unlock().map_err(|e| err!(RS_ERR_MEMORY, "cannot make shared memory writable for a device: {e}"))?;
+        Ok(Some(Base(mapping.addr()).block(0, mapping.len())))
+    }
+
     /// Keeps an owner's segments, those that were there already where they are; lets go what the owner has freed. Segments that are not
     /// offered now stay: another container may read them.
     fn keep(&self, owner: u32, new: Vec<Mapping>, blocks: &[Block]) -> Vec<Base> {

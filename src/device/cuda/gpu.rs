@@ -46,6 +46,8 @@ pub struct Gpu {
     pub uuid: [u64; 2],
     /// Whether memory comes from the stream-ordered pool.
     pools: bool,
+    /// Whether registered host memory has the host's addresses here.
+    pub host_addresses: bool,
     /// How streams write and wait for words of host memory, if they can.
     pub words: Option<[WordFn; 2]>,
     /// Allocations of other processes that are open, by their handles.
@@ -113,6 +115,7 @@ impl Gpu {
             processors: 0,
             uuid: [0; 2],
             pools: false,
+            host_addresses: false,
             words: None,
             imported: Mutex::default(),
         };
@@ -132,9 +135,8 @@ impl Gpu {
         if !self.pools {
             log::info!("cuda:{}: no stream-ordered memory pool; staging comes from cuMemAlloc", self.ordinal);
         }
-        // Registered memory is used at the host's addresses.
-        let words = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS)? != 0
-            && self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
+        self.host_addresses = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
+        let words = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS)? != 0 && self.host_addresses;
         self.words = match (api.cuStreamWriteValue64_v2, api.cuStreamWaitValue64_v2) {
             (Some(write), Some(wait)) if words => Some([write, wait]),
             _ => {

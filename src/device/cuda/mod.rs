@@ -94,6 +94,10 @@ impl Device for CudaDevice {
         self.named(ipc::import(&self.gpu, export))
     }
 
+    fn register(&self, host: Mem) -> Result<Registered> {
+        Ok(self.named(RegisteredHost::shared(&self.gpu, host))?)
+    }
+
     fn converts(&self) -> bool {
         true
     }
@@ -138,10 +142,6 @@ impl Device for CudaDevice {
 }
 
 impl Signals for CudaDevice {
-    fn register(&self, words: Mem) -> Result<Registered> {
-        Ok(Arc::new(self.named(RegisteredHost::new(&self.gpu, words))?))
-    }
-
     fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()> {
         self.named(self.gpu.write_word(stream, word.addr() as u64, value))
     }

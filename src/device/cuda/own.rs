@@ -7,7 +7,7 @@ use crate::error::{Result, bail};
 use cudarc::driver::sys::{self, CUstream};
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// A stream that does not wait for the default stream.
 pub struct CudaStream {
@@ -108,8 +108,23 @@ pub struct RegisteredHost {
 }
 
 impl RegisteredHost {
-    /// Pins it.
-    pub fn new(gpu: &Arc<Gpu>, mem: Mem) -> Result<RegisteredHost> {
+    /// Pins it, unless it is: once for all who use it.
+    pub fn shared(gpu: &Arc<Gpu>, mem: Mem) -> Result<Arc<RegisteredHost>> {
+        static ALL: Mutex<Vec<(Mem, Weak<RegisteredHost>)>> = Mutex::new(Vec::new());
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|known| known.1.strong_count() > 0);
+        if let Some(known) = all.iter().find(|known| known.0 == mem).and_then(|known| known.1.upgrade()) {
+            return Ok(known);
+        }
+        let new = Arc::new(RegisteredHost::new(gpu, mem)?);
+        all.push((mem, Arc::downgrade(&new)));
+        Ok(new)
+    }
+
+    fn new(gpu: &Arc<Gpu>, mem: Mem) -> Result<RegisteredHost> {
+        if !gpu.host_addresses {
+            bail!(RS_ERR_UNSUPPORTED, "this GPU does not use registered host memory at the host's addresses");
+        }
         let _current = gpu.current()?;
         let portable = sys::CU_MEMHOSTREGISTER_PORTABLE;
         // SAFETY: memory of whoever made the `Mem`, there for as long as it is pinned.
