@@ -169,10 +169,11 @@ fn a_stream_that_stands_still_fails_the_sync_on_all_ranks() {
         };
         assert!(late.iter().any(|words| text(0).contains(words)), "{wire:?}: {answers:?}");
         assert_eq!(world.containers[1].param_at(0).unwrap().state, RS_PARAM_TORN);
-        gate.open();
-        world.memories.iter().for_each(|m| drop(m.bytes()));
         world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
         world.renew().unwrap();
+        // What stood there still finds all that it uses.
+        gate.open();
+        world.memories.iter().for_each(|m| drop(m.bytes()));
         world.sync(3, None).unwrap();
         world.close().unwrap();
         drop(gate);
