@@ -481,6 +481,12 @@ typedef struct rs_config_t {
     uint32_t timeout_ms;
     /** A label for log lines and errors; NULL: none. Copied. */
     const char *name;
+    /**
+     * `staging_bytes` bytes on the container's device to be used as staging, aligned to 256; NULL: what is needed of them is taken from
+     * the device. Only communicators that send (NCCL's, the caller's own) use any. Borrowed as weights are; nobody else uses it during
+     * syncs. A container that is created without buffers leaves it alone.
+     */
+    void *staging;
 } rs_config_t;
 
 /**

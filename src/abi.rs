@@ -351,6 +351,10 @@ pub struct rs_config_t {
     pub timeout_ms: u32,
     /// A label for log lines and errors; NULL: none. Copied.
     pub name: *const c_char,
+    /// `staging_bytes` bytes on the container's device to be used as staging, aligned to 256; NULL: what is needed of them is taken from
+    /// the device. Only communicators that send (NCCL's, the caller's own) use any. Borrowed as weights are; nobody else uses it during
+    /// syncs. A container that is created without buffers leaves it alone.
+    pub staging: *mut c_void,
 }
 
 /// Hears of the progress of a sync on this rank, in bytes, on the thread that called rs_sync_weights(). It may not call this library,

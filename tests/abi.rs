@@ -62,9 +62,9 @@ fn sizes_offsets_and_numbers() {
             struct_size 0, ctx 8, release 16, device_type 24, device_id 28, flags 32, reserved 36, alloc 40, free 48, copy 56,
             event_record 64, event_wait 72, event_query 80, event_destroy 88,
         }
-        rs_config_t 72 {
+        rs_config_t 80 {
             struct_size 0, abi 8, flags 12, comm 16, device 24, preset 32, host_id 40, staging_bytes 48, host_threads 56, timeout_ms 60,
-            name 64,
+            name 64, staging 72,
         }
         rs_sync_t 64 {
             struct_size 0, stream 8, version 16, only 24, only_count 32, timeout_ms 40, flags 44, progress 48, progress_user 56,
@@ -92,6 +92,7 @@ fn sizes_offsets_and_numbers() {
         RS_ERR_TIMEOUT -40 RS_ERR_PEER -41 RS_ERR_ABORTED -42 RS_ERR_COMM -43 RS_ERR_DEVICE -44 RS_ERR_MEMORY -45 RS_ERR_INTERNAL -46
         RS_SOURCE 1 RS_TARGET 2 RS_BUFFER_PADDED 1 RS_TRANSFORM_NONE 0 RS_TRANSFORM_PLUS_ONE 1 RS_TRANSFORM_MINUS_ONE 2
         RS_DEVICE_CPU 1 RS_DEVICE_CUDA 2 RS_DEVICE_CUDA_HOST 3 RS_DEVICE_CONVERTS 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
+        RS_CONFIG_WATCHDOG 1
         RS_PARAM_INITIAL 0 RS_PARAM_SYNCED 1 RS_PARAM_LANDED 2 RS_PARAM_TORN 3
         RS_DESCRIBE_PLAN 1 RS_DESCRIBE_STATS 2 RS_DESCRIBE_LAYOUT 3 RS_DESCRIBE_WORLD 4
         RS_LOG_OFF 0 RS_LOG_ERROR 1 RS_LOG_WARN 2 RS_LOG_INFO 3 RS_LOG_DEBUG 4 RS_LOG_TRACE 5

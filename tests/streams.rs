@@ -16,6 +16,7 @@ use oracle::nccl::{self, Maker};
 use oracle::small::{two_alone, two_ranks};
 use oracle::world::{self, Wire, World};
 use reshard::abi::*;
+use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -400,6 +401,36 @@ fn a_graph_cannot_ask_other_ranks() {
             assert_eq!(sys::cuStreamEndCapture(stream, &mut graph) as u32, 0, "the capture was ended");
             assert_eq!(sys::cuGraphDestroy(graph) as u32, 0);
         });
+        world.sync(3, None).unwrap();
+        world.close().unwrap();
+    }
+}
+
+/// NCCL's own errors come up while nobody asks for a result: they are heard at the next poll, not at the deadline.
+#[test]
+fn an_error_of_nccls_is_heard_while_streams_stand_still() {
+    let Some(_alone) = alone() else { return };
+    let Some(tell) = nccl::function::<extern "C" fn(*mut c_void, c_int)>(c"standin_nccl_async_error") else { return };
+    if !nccl::usable() {
+        return;
+    }
+    let case = two_ranks();
+    for blocks in [true, false] {
+        let mut world = at_work(&case, Wire::Nccl(Maker::Test { blocks }));
+        world.publish(2);
+        let mut gate = Gate::on(&world.containers[0]);
+        start(&mut world, 2);
+        // ncclRemoteError.
+        world.lent.iter().for_each(|lent| tell(lent.raw(), 6));
+        let begun = Instant::now();
+        // Its stream ends before it is given up.
+        gate.open();
+        for answer in ends(&mut world, Duration::from_secs(9)) {
+            let failure = answer.expect_err("the communicator has failed");
+            assert!(failure.status == RS_ERR_COMM && failure.text.contains("remote process"), "{failure}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(9));
+        world.renew().unwrap();
         world.sync(3, None).unwrap();
         world.close().unwrap();
     }

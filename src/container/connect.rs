@@ -435,7 +435,7 @@ impl Container {
         if let Some(rounds) = &work.group {
             rounds.check()?;
         }
-        let places = Places { mems: &self.mems, windows: &c.links.windows };
+        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at };
         // Of everything, where this is a subset.
         let other = c.ready.batches.as_ref().filter(|_| subset.is_some());
         let batches = Batches::new(&self.device, places, &work, other, c.streams)?;

@@ -40,6 +40,8 @@ pub struct Config {
     pub host_id: Option<u64>,
     /// Most staging in bytes.
     pub staging: u64,
+    /// The caller's memory for it.
+    pub staging_at: Option<Mem>,
     /// Threads that copy, the caller's included.
     pub threads: usize,
     /// Longest time of a collective call.
@@ -87,6 +89,7 @@ pub struct Container {
     own_device: bool,
     host: u64,
     staging: u64,
+    staging_at: Option<Mem>,
     threads: usize,
     timeout: Duration,
     comm: Option<Arc<dyn Comm>>,
@@ -122,6 +125,7 @@ impl Container {
         let own_device = config.device.is_none();
         let device = config.device.map_or_else(|| own(&layout, &mems), Ok)?;
         check_memory(&*device, &layout, &mems)?;
+        check_staging(&*device, config.staging_at, &mems)?;
         let control = Arc::new(Control::default());
         control.set_comm(config.comm.clone());
         let local = plan_local(&layout)?;
@@ -131,6 +135,7 @@ impl Container {
             own_device,
             host: config.host_id.unwrap_or_else(host::host_id),
             staging: config.staging,
+            staging_at: config.staging_at,
             threads: config.threads.max(1),
             timeout: config.timeout,
             comm: config.comm,
@@ -203,6 +208,7 @@ impl Container {
             device = own(&layout, &mems)?;
         }
         check_memory(&*device, &layout, &mems)?;
+        check_staging(&*device, self.staging_at, &mems)?;
         let local = plan_local(&layout)?;
         let params = self.carried(&layout);
         let digest = |s: &Option<FromSpec>| s.as_ref().map(|s| s.world.spec.digest);
@@ -310,6 +316,21 @@ fn own(layout: &Layout, mems: &[Mem]) -> Result<Arc<dyn Device>> {
         Some(b) => e.context(format_args!("buffer '{}'", b.name)),
         None => e,
     })
+}
+
+/// The caller's staging lies on the device, beside all weights.
+fn check_staging(device: &dyn Device, staging: Option<Mem>, mems: &[Mem]) -> Result<()> {
+    let Some(staging) = staging else { return Ok(()) };
+    if staging.kind() != device.id() {
+        let (kind, id) = staging.kind();
+        bail!(RS_ERR_UNSUPPORTED, "config.staging is on device (type {kind}, id {id}), the weights are now on '{}'", device.name());
+    }
+    device.reach(staging).map_err(|e| e.context("config.staging"))?;
+    let end = |m: &Mem| m.addr() + m.len();
+    if mems.iter().any(|m| m.addr() < end(&staging) && staging.addr() < end(m)) {
+        bail!(RS_ERR_INVALID, "config.staging overlaps a buffer: it needs memory of its own");
+    }
+    Ok(())
 }
 
 /// Every buffer lies on the device, and in the memory given for it.

@@ -195,7 +195,7 @@ impl Container {
             let run = Run {
                 device: &self.device,
                 comm: &*comm,
-                places: Places { mems: &self.mems, windows: &c.links.windows },
+                places: Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at },
                 batches: Some(batches),
                 stream: flight.stream,
                 threads: 1,
@@ -319,7 +319,7 @@ impl Container {
     ) -> Result<()> {
         self.arrange(comm, c, headers, mine, subset, deadline)?;
         let Ready { work, batches } = c.chosen(subset.is_some());
-        let places = Places { mems: &self.mems, windows: &c.links.windows };
+        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at };
         let (device, batches, threads) = (&self.device, batches.as_ref(), self.threads);
         let stuck = AtomicBool::new(false);
         let run = Run { device, comm, places, batches, stream, threads, deadline, wrote, stuck: &stuck };

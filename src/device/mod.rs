@@ -12,7 +12,7 @@ pub mod host;
 #[allow(unsafe_code)]
 pub mod mem;
 
-use crate::abi::{RS_DEVICE_CUDA, RS_DEVICE_CUDA_HOST, RS_ERR_INTERNAL, RS_ERR_UNSUPPORTED};
+use crate::abi::{RS_DEVICE_CPU, RS_DEVICE_CUDA, RS_DEVICE_CUDA_HOST, RS_ERR_INTERNAL, RS_ERR_UNSUPPORTED};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
 pub use mem::Mem;
@@ -205,12 +205,18 @@ pub fn export(blocks: &[Mem]) -> Result<Vec<Option<Export>>> {
     if blocks.iter().any(|b| b.kind().0 == RS_DEVICE_CUDA) { cuda::export(blocks) } else { Ok(vec![None; blocks.len()]) }
 }
 
-/// The library's own device for memory of these DLPack `(device_type, device_id)`: the GPU that the first of them is of, else the one that
-/// the first is pinned for, else the host.
-pub fn for_memory(kinds: impl Iterator<Item = (i32, i32)> + Clone) -> Result<Arc<dyn Device>> {
+/// DLPack's `(device_type, device_id)` of the library's own device for memory of these: the GPU that the first of them is of, else the one
+/// that the first is pinned for, else the host.
+pub fn home(kinds: impl Iterator<Item = (i32, i32)> + Clone) -> (i32, i32) {
     let first = |kind: i32| kinds.clone().find(|k| k.0 == kind);
-    match first(RS_DEVICE_CUDA).or_else(|| first(RS_DEVICE_CUDA_HOST)) {
-        Some((_, id)) => Ok(Arc::new(cuda::CudaDevice::new(id)?)),
-        None => Ok(Arc::new(host::HostDevice::new())),
+    let gpu = first(RS_DEVICE_CUDA).or_else(|| first(RS_DEVICE_CUDA_HOST));
+    gpu.map_or((RS_DEVICE_CPU, 0), |(_, id)| (RS_DEVICE_CUDA, id))
+}
+
+/// The library's own device for memory of these DLPack `(device_type, device_id)`.
+pub fn for_memory(kinds: impl Iterator<Item = (i32, i32)> + Clone) -> Result<Arc<dyn Device>> {
+    match home(kinds) {
+        (RS_DEVICE_CUDA, id) => Ok(Arc::new(cuda::CudaDevice::new(id)?)),
+        _ => Ok(Arc::new(host::HostDevice::new())),
     }
 }

@@ -15,6 +15,8 @@ pub struct Places<'a> {
     pub mems: &'a [Mem],
     /// What each owner lets us read: by place in `Work::owners`, by place in that owner's offer.
     pub windows: &'a [Vec<Window>],
+    /// The caller's memory for staging.
+    pub staging: Option<Mem>,
 }
 
 impl<'a> Places<'a> {
@@ -85,7 +87,7 @@ impl Batches {
             Some(own) => own,
             None => {
                 let streams = (0..streams).map(|_| prepare.stream()).collect::<Result<_>>()?;
-                Arc::new(Own { staging: Staging::new(device.clone(), bytes)?, streams })
+                Arc::new(Own { staging: Staging::new(device.clone(), bytes, places.staging)?, streams })
             }
         };
         let staging = &own.staging;

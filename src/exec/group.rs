@@ -66,7 +66,7 @@ impl Rounds {
     pub fn run(&self, run: &Run<'_>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
         // Lists that are ready have theirs; else it is taken for one sync.
         let own = match run.batches {
-            None => Some(Staging::new(run.device.clone(), self.staging())?),
+            None => Some(Staging::new(run.device.clone(), self.staging(), run.places.staging)?),
             Some(_) => None,
         };
         let staging = own.as_ref().map_or_else(|| run.batches.and_then(Batches::staging), Staging::mem);

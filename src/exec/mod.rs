@@ -346,16 +346,21 @@ impl Drop for Reading<'_> {
     }
 }
 
-/// Staging memory, given back when dropped: nothing that uses it may be running then.
+/// Staging memory, the caller's or the device's, which is given back when dropped: nothing that uses it may be running then.
 struct Staging {
     device: Arc<dyn Device>,
     mem: Option<Mem>,
+    given: bool,
 }
 
 impl Staging {
-    fn new(device: Arc<dyn Device>, bytes: u64) -> Result<Staging> {
-        let mem = if bytes == 0 { None } else { Some(device.alloc(bytes as usize)?) };
-        Ok(Staging { device, mem })
+    fn new(device: Arc<dyn Device>, bytes: u64, given: Option<Mem>) -> Result<Staging> {
+        let mem = match given {
+            _ if bytes == 0 => None,
+            None => Some(device.alloc(bytes as usize)?),
+            Some(mem) => Some(mem.cut(0, bytes as usize).ok_or_else(|| lost("a part of the caller's staging"))?),
+        };
+        Ok(Staging { device, mem, given: given.is_some() })
     }
 
     /// `None`: none is needed.
@@ -366,7 +371,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if let Some(mem) = self.mem.take() {
+        if let Some(mem) = self.mem.take().filter(|_| !self.given) {
             self.device.free(mem);
         }
     }

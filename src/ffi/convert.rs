@@ -162,11 +162,28 @@ pub unsafe fn config(config: *const rs_config_t, tables: *const rs_layout_t) -> 
         (c, label, comm, foreign, described(tables, c.preset)?)
     };
     let device = foreign.clone().map(|device| device as Arc<dyn Device>);
+    let given = match c.staging.expose_provenance() {
+        0 => None,
+        // Nobody knows whose device it would be.
+        _ if device.is_none() && tables.mems.is_empty() => None,
+        at if c.staging_bytes == 0 || at % 256 != 0 => bail!(
+            RS_ERR_INVALID,
+            "config.staging is {at:#x} of {} bytes (staging_bytes); it must be aligned to 256 and its length given",
+            c.staging_bytes
+        ),
+        _ => {
+            let kind = device.as_ref().map_or_else(|| crate::device::home(tables.mems.iter().map(|m| m.kind())), |d| d.id());
+            let len = usize::try_from(c.staging_bytes).map_err(|e| err!(RS_ERR_INVALID, "config.staging_bytes: {e}"))?;
+            // SAFETY: this function's promise: memory on the container's device.
+            Some(unsafe { Mem::of(kind, c.staging.cast(), len) })
+        }
+    };
     let config = Config {
         label: label.to_string(),
         device,
         host_id: (c.host_id != 0).then_some(c.host_id),
         staging: if c.staging_bytes == 0 { DEFAULT_STAGING } else { c.staging_bytes },
+        staging_at: given,
         threads: threads(c.host_threads)?,
         timeout: timeout(c.timeout_ms).unwrap_or(DEFAULT_TIMEOUT),
         comm,

@@ -1,4 +1,4 @@
-use super::handle::{CommHandle, Handle};
+use super::handle::{CommHandle, Handle, Shared};
 use super::read;
 use super::write::{self, GrowingOut};
 use super::*;
@@ -237,6 +237,7 @@ fn config() -> rs_config_t {
         host_threads: 0,
         timeout_ms: 0,
         name: c"left".as_ptr(),
+        staging: ptr::null_mut(),
     }
 }
 
@@ -255,7 +256,7 @@ impl Owned {
         Owned(unsafe { Handle::create(&config(), &empty_layout()) }.unwrap())
     }
 
-    fn handle(&self) -> &Handle {
+    fn handle(&self) -> &Shared {
         // SAFETY: it lives as long as `self`.
         unsafe { Handle::of(self.0) }.unwrap()
     }

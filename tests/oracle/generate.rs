@@ -47,6 +47,7 @@ pub fn case(seed: u64, world: Option<usize>) -> Case {
         rank.host = if host_mode == 0 { 0 } else { rng.u64(if host_mode == 1 { 1 } else { 0 }..=2) };
         rank.staging = if chance(rng, 30) { 0 } else { LEAST_STAGING * rng.u64(world as u64..=2 * world as u64) };
         rank.threads = rng.u32(0..4);
+        rank.lends = rank.staging > 0 && chance(rng, 30);
         rank.flags = if rng.u32(0..8) == 0 { reshard::abi::RS_CONFIG_WATCHDOG } else { 0 };
     }
     case

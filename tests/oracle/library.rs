@@ -1,6 +1,6 @@
 //! The library as a C caller sees it: rows of tables, handles, statuses and texts. Only the exported functions are used.
 
-use super::gpu::{self, Kind};
+use super::gpu::{self, Block, HOST, Kind};
 use super::model::{Case, Rank};
 use super::nccl::{self, Lent};
 use reshard::abi::*;
@@ -55,6 +55,8 @@ fn checked(status: rs_status_t) -> Result<(), Failure> {
 
 /// A rank's three tables, with addresses, as C rows. `layout` borrows from it.
 pub struct Tables {
+    /// Where the weights lie.
+    kind: Kind,
     _names: Vec<CString>,
     tensors: Vec<rs_tensor_t>,
     buffers: Vec<rs_buffer_t>,
@@ -73,7 +75,8 @@ unsafe impl Sync for Tables {}
 
 impl Tables {
     /// `address` gives each buffer's data pointer, by its row.
-    pub fn new(case: &Case, rank: &Rank, (device_type, device_id): Kind, mut address: impl FnMut(usize) -> *mut u8) -> Tables {
+    pub fn new(case: &Case, rank: &Rank, kind: Kind, mut address: impl FnMut(usize) -> *mut u8) -> Tables {
+        let (device_type, device_id) = kind;
         let mut names = Vec::new();
         let mut name = |text: &str| {
             names.push(CString::new(text).expect("no NUL in a name"));
@@ -110,7 +113,7 @@ impl Tables {
             stride: array(&t.stride),
         });
         let tiles = tiles.collect();
-        Tables { _names: names, tensors, buffers, tiles }
+        Tables { kind, _names: names, tensors, buffers, tiles }
     }
 
     fn layout(&self) -> rs_layout_t {
@@ -199,6 +202,34 @@ pub struct Container {
     pub gpu: Option<i32>,
     /// Of its syncs; 0: that of its creation.
     pub timeout_ms: u32,
+    /// The staging that it was lent.
+    staging: Option<Lending>,
+}
+
+/// Memory for staging between two fences.
+struct Lending {
+    block: Block,
+    at: usize,
+    len: usize,
+}
+
+impl Lending {
+    const FENCE: usize = 512;
+
+    fn new(kind: Kind, len: usize) -> Lending {
+        // Pinned memory is not a GPU's own.
+        let kind = if kind == HOST { HOST } else { (RS_DEVICE_CUDA, kind.1) };
+        let block = Block::new(kind, &vec![0xee; len + 2 * Self::FENCE]);
+        // The library puts nothing behind what is on this stream.
+        drop(block.read());
+        let at = (block.at(Self::FENCE) as usize).next_multiple_of(256) - block.at(0) as usize;
+        Lending { block, at, len }
+    }
+
+    fn whole(&self) -> bool {
+        let bytes = self.block.read();
+        bytes[..self.at].iter().chain(&bytes[self.at + self.len..]).all(|&b| b == 0xee)
+    }
 }
 
 // SAFETY: the header lets a handle be used from any thread, one at a time.
@@ -239,6 +270,7 @@ impl Aborter {
 
 impl Container {
     pub fn create(rank: &Rank, tables: &Tables, comm: &Comm, timeout_ms: u32) -> Result<Container, Failure> {
+        let staging = rank.lends.then(|| Lending::new(tables.kind, rank.staging as usize));
         let config = rs_config_t {
             struct_size: size_of::<rs_config_t>(),
             abi: RS_ABI,
@@ -251,11 +283,12 @@ impl Container {
             host_threads: rank.threads,
             timeout_ms,
             name: null(),
+            staging: staging.as_ref().map_or(null_mut(), |s| s.block.at(s.at).cast()),
         };
         let mut out = null_mut();
         // SAFETY: whole structs; the tables' memory outlives the container by the test's order of drops.
         restoring(|| unsafe { rs_container_create(&config, &tables.layout(), &mut out) })?;
-        Ok(Container { handle: out, stream: null_mut(), gpu: None, timeout_ms: 0 })
+        Ok(Container { handle: out, stream: null_mut(), gpu: None, timeout_ms: 0, staging })
     }
 
     pub fn connect(&mut self) -> Result<(), Failure> {
@@ -351,5 +384,6 @@ impl Drop for Container {
     fn drop(&mut self) {
         // SAFETY: the handle is live and dropped once.
         unsafe { rs_container_destroy(self.handle) }
+        assert!(self.staging.as_ref().is_none_or(Lending::whole), "bytes beside the staging are written");
     }
 }

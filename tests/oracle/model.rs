@@ -155,6 +155,8 @@ pub struct Rank {
     pub staging: u64,
     pub threads: u32,
     pub flags: u32,
+    /// Whether the staging is the caller's.
+    pub lends: bool,
 }
 
 impl Rank {

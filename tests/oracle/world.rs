@@ -141,14 +141,16 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Puts the values of a version into all sources.
-    pub fn publish(&mut self, version: u64) {
+    /// Puts the values of a version into all sources; what the memories then hold. On GPUs that may come about later.
+    pub fn publish(&mut self, version: u64) -> Vec<Vec<u8>> {
         let all = vec![true; self.case.tensors.len()];
-        for r in 0..self.memories.len() {
-            let mut image = self.memories[r].bytes();
-            write(self.case, r, RS_SOURCE, &all, version, &self.memories[r], &mut image);
-            self.memories[r].write(&image);
-        }
+        let publish = |(r, memory): (usize, &mut Memory)| {
+            let mut image = memory.bytes();
+            write(self.case, r, RS_SOURCE, &all, version, memory, &mut image);
+            memory.write(&image);
+            image
+        };
+        self.memories.iter_mut().enumerate().map(publish).collect()
     }
 
     /// What every rank's memory must be after a sync of `only`, by tensor, at `version`.
@@ -178,8 +180,11 @@ impl<'a> World<'a> {
         let matches = |p: &String, name: &str| p.strip_suffix('*').map_or(p == name, |prefix| name.starts_with(prefix));
         let only: Vec<bool> =
             case.tensors.iter().map(|t| patterns.is_none_or(|all| all.iter().any(|p| matches(p, &t.name)))).collect();
-        self.publish(version);
-        let expected = self.expected(&only, version);
+        // Nothing waits for the sources here: the sync must.
+        let mut expected = self.publish(version);
+        for (r, image) in expected.iter_mut().enumerate() {
+            write(case, r, RS_TARGET, &only, version, &self.memories[r], image);
+        }
         self.tally();
         self.all_ok("sync", |_, c| c.sync(version, patterns))?;
         self.compare(&expected)?;
