@@ -318,7 +318,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 /// Compares a list's bytes with the host device's, then takes its time.
 fn run(device: &CudaDevice, case: &Case, tiny: bool) -> Result<Measured, String> {
     let text = |e: Error| e.to_string();
-    let own = device.own_stream().map_err(text)?;
+    let own = device.stream().map_err(text)?;
     let stream: CUstream = with_exposed_provenance_mut(own.raw());
     // SAFETY: a live stream.
     let wait = || check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) });

@@ -47,8 +47,16 @@ fn layout(names: &[&str], role: u32, memory: &mut [Vec<u16>]) -> (Layout, Vec<Me
 fn container(comm: Arc<dyn Comm>, names: &[&str], role: u32, memory: &mut [Vec<u16>]) -> Container {
     let (layout, mems) = layout(names, role, memory);
     let timeout = Duration::from_secs(20);
-    let config =
-        Config { label: String::new(), device: None, host_id: None, staging: 1 << 20, threads: 1, timeout, comm: Some(comm) };
+    let config = Config {
+        label: String::new(),
+        device: None,
+        host_id: None,
+        staging: 1 << 20,
+        staging_at: None,
+        threads: 1,
+        timeout,
+        comm: Some(comm),
+    };
     Container::new(config, layout, mems, None).unwrap()
 }
 

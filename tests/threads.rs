@@ -104,6 +104,7 @@ fn rank(comm: Arc<dyn Comm>, device: Arc<Noting>, role: u32, memory: &mut [u16])
         device: Some(device),
         host_id: None,
         staging: 1 << 20,
+        staging_at: None,
         threads: 4,
         timeout,
         comm: Some(comm),

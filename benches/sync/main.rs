@@ -48,6 +48,7 @@ fn container(comm: Arc<dyn Comm>, side: &Side, mems: Vec<Mem>) -> Container {
         device: None,
         host_id: None,
         staging: 256 << 20,
+        staging_at: None,
         threads: 1,
         timeout: MINUTE,
         comm: Some(comm),

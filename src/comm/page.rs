@@ -30,7 +30,7 @@ impl Page {
     }
 
     /// Number of words.
-    pub fn len(&self) -> usize {
+    pub fn words(&self) -> usize {
         self.memory.len() / 8
     }
 

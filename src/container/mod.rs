@@ -2,7 +2,7 @@
 //!
 //! [`connect`] agrees with the other ranks and plans, [`sync`] moves one version, [`describe`] tells about both. What a failed sync
 //! half wrote stays marked until another succeeds. A sync that was put on a stream is looked at by poll, beside reading calls
-//! ([`flight`]): what it changes lies behind locks.
+//! (`flight`): what it changes lies behind locks.
 //!
 //! Knows all the parts and their order in time. Must not know C, nor how a plan comes about or bytes move.
 #![forbid(unsafe_code)]

@@ -201,7 +201,7 @@ impl Windows for Local {
         let frames = self.mesh.swap(&out, Kind::Words, peers, "share its words", deadline)?;
         let mut pages = vec![Arc::new(page)];
         for (&peer, mut frame) in peers.iter().zip(frames) {
-            match frame.memory.pop().map(Page::of).filter(|p| p.len() >= words) {
+            match frame.memory.pop().map(Page::of).filter(|p| p.words() >= words) {
                 Some(page) => pages.push(Arc::new(page)),
                 None => return Err(self.mesh.fail(err!(RS_ERR_COMM, "{} shares less than {words} words", self.mesh.who(peer)))),
             }
