@@ -470,7 +470,9 @@ fn every_call_may_fail() {
         return;
     }
     let cases = (0..4).map(|seed| if seed == 0 { two_ranks() } else { generate::case(seed * 31, Some(3)) });
-    for (i, case) in cases.enumerate() {
+    for (i, mut case) in cases.enumerate() {
+        // The calls that fail are to be the library's.
+        case.ranks.iter_mut().for_each(|r| r.lends = false);
         let mut rng = Rng::with_seed(model::mix(i as u64));
         let kinds: Vec<gpu::Kind> = case.ranks.iter().map(|_| gpu::kind(&mut rng)).collect();
         let mut failed = 0;

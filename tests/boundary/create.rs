@@ -132,8 +132,8 @@ fn structs_of_any_length() {
 fn what_a_short_struct_lacks_is_zero() {
     let w = whole();
     let (config, layout) = (config(ptr::null_mut()), w.tables.layout());
-    fails(create_from(resized(&config, 8 - 72, 0).as_ptr().cast(), &layout), RS_ERR_INVALID, &["config.abi is 0"]);
-    ok(create_from(resized(&config, 16 - 72, 0).as_ptr().cast(), &layout));
+    fails(create_from(resized(&config, 8 - 80, 0).as_ptr().cast(), &layout), RS_ERR_INVALID, &["config.abi is 0"]);
+    ok(create_from(resized(&config, 16 - 80, 0).as_ptr().cast(), &layout));
     ok(create_from(&config, resized(&layout, 8 - 80, 0).as_ptr().cast()));
 
     let hub = Hub::new(1);
