@@ -435,7 +435,8 @@ pub unsafe extern "C" fn rs_comm_loopback(hub: u64, rank: i32, world: i32, out: 
 ///
 /// - nccl_comm: an ncclComm_t of NCCL 2.18 or later, complete (ncclCommGetAsyncError() says ncclSuccess), made by the libnccl.so.2 that
 ///   the process has loaded. Borrowed: it stays alive until the communicator made here is destroyed and the containers that use it are;
-///   nobody else uses it during collective calls of this library, whose NCCL operations are in the same order on all ranks.
+///   nobody else uses it during collective calls of this library, and from a sync's call until rs_container_poll() says that it has ended:
+///   NCCL wants the operations of a communicator in the same order on all ranks.
 /// - out: the new communicator, the caller's to destroy.
 ///
 /// A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
