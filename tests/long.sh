@@ -5,8 +5,6 @@ cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
 source tests/steps.sh "$@"
 
-many_worlds() { RESHARD_WORLDS=5000 presets random_worlds; }
-
 # Real Megatron-core into real vLLM: their own memory, their own checkpoint readers (tests/frameworks).
 frameworks() {
     cargo build --locked --release --lib
@@ -18,7 +16,7 @@ step needs     900 install_needs
 
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
 step random 3600 some_tests env RESHARD_CASES=100000 cargo test --locked --release --test properties
-step worlds 1800 many_worlds
+step worlds 1800 env RESHARD_WORLDS=5000 tests/presets/run.sh random_worlds
 step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
