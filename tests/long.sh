@@ -5,6 +5,12 @@ cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
 source tests/steps.sh "$@"
 
+# All world specs whose weights move, in GPUs' memory over the stand-in driver.
+gpu_worlds() {
+    tests/standin/build.sh
+    RESHARD_MEMORY=cuda LD_LIBRARY_PATH=target/standin tests/presets/run.sh --syncs
+}
+
 # Real Megatron-core into real vLLM: their own memory, their own checkpoint readers (tests/frameworks).
 frameworks() {
     cargo build --locked --release --lib
@@ -21,6 +27,7 @@ step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- -
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
 step gpu        3600 env RESHARD_SEEDS=100 RESHARD_CASES=1000 tests/standin/run.sh
+step gpu-worlds 1800 gpu_worlds
 step mutations  3600 tests/standin/mutations.sh
 step frameworks 3600 frameworks
 
