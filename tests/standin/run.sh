@@ -37,3 +37,5 @@ LD_LIBRARY_PATH=target/standin tests/presets/run.sh vectors expert_vectors atten
     matrix random_worlds
 echo "the benchmark's lists"
 LD_LIBRARY_PATH=target/standin RESHARD_BENCH=tiny cargo bench --quiet --locked --bench gpu
+echo "a colocated sync"
+LD_LIBRARY_PATH=target/standin RESHARD_BENCH=tiny RESHARD_LIBRARY=$PWD/target/release/libreshard.so target/venv/bin/python tests/gpu/colocated.py
