@@ -6,6 +6,7 @@ Not a part of the library: a file to copy and cut down. The library is $RESHARD_
 import ctypes as c
 import json
 import os
+import time
 
 ABI = 1
 MAX_RANK = 8
@@ -15,7 +16,7 @@ CPU = 1  # device type
 BF16 = (4, 16, 1)  # DLPack: code, bits, lanes
 PARAM_SYNCED = 1
 DESCRIBE_PLAN, DESCRIBE_STATS, DESCRIBE_LAYOUT, DESCRIBE_WORLD = 1, 2, 3, 4
-ERR_TOO_SMALL = -6
+IN_PROGRESS, ERR_TOO_SMALL = 1, -6
 
 Extents = c.c_int64 * MAX_RANK
 
@@ -184,12 +185,14 @@ class Preset:
         self._handle = c.c_void_p()
         _check(_lib.rs_preset_create(json.dumps(spec).encode(), rank, c.byref(self._handle)))
 
-    def bind(self, name, array, role, dtype=BF16, chunk=0):
-        """A numpy array is the memory of a parameter; that of a later call replaces it."""
+    def bind(self, name, array, role, dtype=BF16, chunk=0, at=None):
+        """A numpy array is the memory of a parameter; that of a later call replaces it. `at`: the address, device type and device of other
+        memory, which is laid out as the array is."""
+        data, device_type, device = at or (array.ctypes.data, CPU, 0)
         strides = [s // array.itemsize for s in array.strides]
         bind = _sized(
-            BindStruct, name=name.encode(), role=role, model_chunk=chunk, data=array.ctypes.data, size_bytes=array.nbytes,
-            device_type=CPU, dtype=Dtype(*dtype), ndim=array.ndim, shape=Extents(*array.shape), strides=Extents(*strides),
+            BindStruct, name=name.encode(), role=role, model_chunk=chunk, data=data, size_bytes=array.nbytes,
+            device_type=device_type, device_id=device, dtype=Dtype(*dtype), ndim=array.ndim, shape=Extents(*array.shape), strides=Extents(*strides),
         )  # fmt: skip
         _check(_lib.rs_preset_bind(self._handle, c.byref(bind)))
         self._arrays[name, role, chunk] = array
@@ -237,11 +240,19 @@ class Container:
 
     def sync(self, version, progress=lambda done, total: None, only=()):
         """Takes part in moving version `version`, or only those tensors of it; what rs_container_describe() says about it."""
+        self.move(version, progress, only)
+        return self.describe(DESCRIBE_STATS)
+
+    def move(self, version, progress=lambda done, total: None, only=(), stream=None):
+        """The same with weights of a GPU on a stream of its; returns when all ranks have landed."""
         callback = Progress(lambda user, done, total: progress(done, total))
         names = (c.c_char_p * len(only))(*(name.encode() for name in only))
-        request = _sized(SyncStruct, version=version, progress=callback, only=names, only_count=len(only))
-        _check(_lib.rs_sync_weights(self._handle, c.byref(request)))
-        return self.describe(DESCRIBE_STATS)
+        request = _sized(SyncStruct, stream=stream, version=version, progress=callback, only=names, only_count=len(only))
+        status = _lib.rs_sync_weights(self._handle, c.byref(request))
+        while status == IN_PROGRESS:
+            time.sleep(0.0001)
+            status = _lib.rs_container_poll(self._handle)
+        _check(status)
 
     def param(self, name):
         out = _sized(ParamStruct)

@@ -6,14 +6,12 @@ hears nothing: tables are made after them. A sync writes into its targets behind
 """
 
 import ctypes as c
-import time
 
 import reshard
 import torch
 from reshard import CPU, Dtype, Extents
 
 CUDA, CUDA_HOST = 2, 3  # device types, beside CPU
-IN_PROGRESS = 1
 DTYPES = {
     torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64), torch.bool: (6, 8),
     torch.int8: (0, 8), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.uint8: (1, 8),
@@ -147,14 +145,8 @@ class Container(reshard.Container):
     def sync(self, version, only=()):
         """Moves version `version`, or only those tensors of it. On a GPU it comes after what was enqueued on torch's current stream, and
         before what follows there. Returns when all ranks have landed."""
-        names = (c.c_char_p * len(only))(*(name.encode() for name in only))
         stream = torch.cuda.current_stream(self._gpu).cuda_stream if self._gpu else None
-        request = reshard._sized(reshard.SyncStruct, version=version, stream=stream, only=names, only_count=len(only))
-        status = reshard._lib.rs_sync_weights(self._handle, c.byref(request))
-        while status == IN_PROGRESS:
-            time.sleep(0.0005)
-            status = reshard._lib.rs_container_poll(self._handle)
-        reshard._check(status)
+        self.move(version, only=only, stream=stream)
 
     def tensor(self, name):
         """The parameter of that name as rs_get_param() tells of it: the same memory, also after this container's end."""

@@ -5,7 +5,11 @@ cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
 source tests/steps.sh "$@"
 
-many_worlds() { RESHARD_WORLDS=5000 presets random_worlds; }
+# All world specs whose weights move, in GPUs' memory over the stand-in driver.
+gpu_worlds() {
+    tests/standin/build.sh
+    RESHARD_MEMORY=cuda LD_LIBRARY_PATH=target/standin tests/presets/run.sh --syncs
+}
 
 # Real Megatron-core into real vLLM: their own memory, their own checkpoint readers (tests/frameworks).
 frameworks() {
@@ -18,11 +22,12 @@ step needs     900 install_needs
 
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
 step random 3600 some_tests env RESHARD_CASES=100000 cargo test --locked --release --test properties
-step worlds 1800 many_worlds
+step worlds 1800 env RESHARD_WORLDS=5000 tests/presets/run.sh random_worlds
 step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
 step gpu        3600 env RESHARD_SEEDS=100 RESHARD_CASES=1000 tests/standin/run.sh
+step gpu-worlds 1800 gpu_worlds
 step mutations  3600 tests/standin/mutations.sh
 step frameworks 3600 frameworks
 

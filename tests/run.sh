@@ -87,7 +87,7 @@ step clippy          600 cargo clippy --locked --all-targets -- -D warnings
 step documentation   300 env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --lib
 step rust           1200 some_tests cargo test --locked --release --no-fail-fast
 step loom            600 loom
-step presets         600 presets
+step presets         600 tests/presets/run.sh
 step torch           300 tests/torch.sh
 step kernels         300 tests/kernels/run.sh
 step standin         300 tests/standin/selftest.sh

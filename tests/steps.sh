@@ -75,15 +75,6 @@ install_needs() {
     done
 }
 
-# presets [PART ...]: world specs, seen from Python: against what frameworks hold and against an oracle of numpy.
-presets() {
-    local python=target/venv/bin/python
-    [ -x "$python" ] || python3 -m venv target/venv
-    "$python" -c 'import numpy' 2>/dev/null || target/venv/bin/pip install --quiet --disable-pip-version-check numpy
-    cargo build --locked --release --lib
-    RESHARD_LIBRARY=$PWD/target/release/libreshard.so "$python" tests/presets/main.py "$@"
-}
-
 # some_tests COMMAND ...: a cargo test that must have run at least one test: a filter that fits nothing is a failure too.
 some_tests() {
     local output ran code=0

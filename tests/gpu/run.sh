@@ -4,10 +4,11 @@
 #   tests/gpu/run.sh [WORD ...]    all steps, or those whose name holds one of the words
 #
 # Needs a driver of CUDA 12 or later, a GPU of compute capability 8.0 or later with 8 GB, cargo and python3; builds nothing but the
-# library and its tests. compute-sanitizer (of the CUDA toolkit, in PATH or /usr/local/cuda/bin) and a python3 with PyTorch for CUDA are used
-# where they are. CUDA_VISIBLE_DEVICES chooses GPUs; of GPUs that do not all reach each other's memory, the first is taken.
+# library and its tests. compute-sanitizer (of the CUDA toolkit, in PATH or /usr/local/cuda/bin), a python3 with PyTorch for CUDA and one with
+# numpy (python3 or target/venv) are used where they are; the colocated sync wants 40 GB on one GPU. CUDA_VISIBLE_DEVICES chooses GPUs; of
+# GPUs that do not all reach each other's memory, the first is taken.
 #
-# RESHARD_CASES: how many random layouts the property tests try (500). RESHARD_BENCH=tiny: only compares the benchmark's bytes.
+# RESHARD_CASES: how many random layouts the property tests try (500). RESHARD_BENCH=tiny: only compares the benchmarks' bytes.
 # RESHARD_LOGS: where the logs go (target/test-logs).
 # shellcheck disable=SC2329 # steps call functions by name
 set -uo pipefail
@@ -62,6 +63,8 @@ torch_sync() {
     RESHARD_LIBRARY=$PWD/target/release/libreshard.so python3 -B cpp_examples/torch_sync.py --device cuda
 }
 
+colocated() { RESHARD_LIBRARY=$PWD/target/release/libreshard.so "$1" -B tests/gpu/colocated.py; }
+
 left_out=()
 step build      1200 build
 step properties 1800 some_tests cargo test --locked --release --test properties
@@ -81,6 +84,12 @@ else
     left_out+=("torch: python3 has no PyTorch that finds a GPU")
 fi
 step bench      1200 cargo bench --locked --quiet --bench gpu
+numpy=$(for python in python3 target/venv/bin/python; do "$python" -c 'import numpy' 2>/dev/null && echo "$python" && break; done)
+if [ -n "$numpy" ]; then
+    step colocated 900 colocated "$numpy"
+else
+    left_out+=("colocated: neither python3 nor target/venv has numpy")
+fi
 
 printf '\n%s\n' "For README.md"
 printf 'Run of tests/gpu/run.sh on %s, commit %s:\n' "$(date '+%-d %B %Y')" "$commit"
@@ -90,5 +99,9 @@ echo "$passed steps passed, $failed failed; $RESHARD_CASES random layouts"
 if is_chosen bench; then
     printf '\n'
     sed -n '/tiny sizes\|^|\|^bytes\|^goal/p' "$log_folder/bench.log"
+fi
+if is_chosen colocated && [ -n "$numpy" ]; then
+    printf '\n'
+    sed -n '/^colocated/p' "$log_folder/colocated.log"
 fi
 finish

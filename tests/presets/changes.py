@@ -8,6 +8,7 @@ import mmap
 
 import numpy as np
 import worlds
+from memory import Container, Preset
 from oracle import values
 from worlds import SOURCE, TARGET, check, on_threads, reshard
 
@@ -49,14 +50,14 @@ class Job:
         self.comms = {rank: worlds.LoopbackComm(hub, rank, ENGINES + 1) for rank in range(ENGINES + 1)}
         for rank, comm in self.comms.items():
             self.describe(rank, maps)
-            self.containers[rank] = reshard.Container(self.presets[rank], comm, f"rank {rank}", TIMEOUT_MS)
+            self.containers[rank] = Container(self.presets[rank], comm, f"rank {rank}", TIMEOUT_MS)
         self.everywhere(lambda c: c.connect())
 
     def describe(self, rank, maps):
         """A preset with memory for whatever has none of its shape yet."""
         if rank in self.presets:
             self.presets[rank].close()
-        preset = self.presets[rank] = reshard.Preset(spec(maps), rank)
+        preset = self.presets[rank] = Preset(spec(maps), rank)
         for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
             key, shape = (rank, p["name"]), tuple(p["shape"])
             if key not in self.memory or self.memory[key].array.shape != shape:
@@ -68,8 +69,7 @@ class Job:
         return (values(name, int(np.prod(shape))) ^ np.uint16(number)).reshape(shape)
 
     def rebind(self, rank):
-        handle = self.containers[rank]._handle
-        reshard._check(reshard._lib.rs_container_rebind(handle, None, self.presets[rank]._handle))
+        self.containers[rank].rebind(self.presets[rank])
 
     def train(self, number):
         for (rank, name), memory in self.memory.items():

@@ -1,6 +1,7 @@
-"""All tests of presets, or the parts named: main.py [--oracle] [PART ...]
+"""All tests of presets, or the parts named: main.py [--oracle | --syncs] [PART ...]
 
-RESHARD_LIBRARY is the library, as for reshard.py. --oracle: only what needs no library. Each part says in a line or two what it did.
+RESHARD_LIBRARY is the library, as for reshard.py. --oracle: only what needs no library. --syncs: only what moves weights, which with
+RESHARD_MEMORY=cuda lie in GPUs' memory (memory.py). Each part says in a line or two what it did.
 """
 
 import importlib
@@ -9,6 +10,10 @@ import time
 import traceback
 
 ORACLE = ("goldens", "vectors", "expert_vectors", "attention_vectors", "vision_vectors", "value_vectors", "oracle_coverage")
+SYNCS = (
+    "goldens", "vectors", "expert_vectors", "attention_vectors", "vision_vectors", "changes", "mindspeed", "gpt_oss", "variants", "matrix",
+    "random_worlds",
+)  # fmt: skip
 PARTS = (*ORACLE, "refusals", "published", "changes", "mindspeed", "gpt_oss", "variants", "matrix", "random_worlds")
 
 
@@ -18,7 +23,7 @@ def main():
     for name in names:
         if name not in PARTS:
             sys.exit(f"no part '{name}'; there are {', '.join(PARTS)}")
-        if "--oracle" in sys.argv and name not in ORACLE:
+        if ("--oracle" in sys.argv and name not in ORACLE) or ("--syncs" in sys.argv and name not in SYNCS):
             continue
         began = time.monotonic()
         try:

@@ -358,11 +358,11 @@ def test_device_codes():
 def test_a_gpus_stream_and_an_end_that_comes_later():
     """Without a GPU: the stream is torch's current one of the tensors' GPU, and RS_IN_PROGRESS is waited for."""
     container = moved(numbers(4), torch.zeros(4))
-    seen, answers = [], [reshard_torch.IN_PROGRESS, reshard_torch.IN_PROGRESS, 0]
+    seen, answers = [], [reshard.IN_PROGRESS, reshard.IN_PROGRESS, 0]
 
     def begin(handle, request):
         seen.append((request._obj.stream, request._obj.version, request._obj.struct_size))
-        return reshard_torch.IN_PROGRESS
+        return reshard.IN_PROGRESS
 
     current, library = torch.cuda.current_stream, reshard._lib
     torch.cuda.current_stream = lambda gpu: types.SimpleNamespace(cuda_stream={1: 0xABC0}[gpu.index])
