@@ -26,7 +26,7 @@ step worlds 1800 env RESHARD_WORLDS=5000 tests/presets/run.sh random_worlds
 step sizes  1800 some_tests cargo test --locked --release --test real_sizes -- --ignored
 step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=4 \
     cargo test --locked --release --lib comm::local::ring
-step gpu        3600 env RESHARD_SEEDS=100 RESHARD_CASES=1000 tests/standin/run.sh
+step gpu        2400 env RESHARD_SEEDS=60 RESHARD_CASES=300 tests/standin/run.sh
 step gpu-worlds 1800 gpu_worlds
 step mutations  3600 tests/standin/mutations.sh
 step frameworks 3600 frameworks

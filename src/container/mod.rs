@@ -16,7 +16,7 @@ pub mod sync;
 
 use crate::abi::*;
 use crate::comm::Comm;
-use crate::device::{Device, Mem, Stream, for_memory};
+use crate::device::{Device, Mem, Stream, for_memory, home};
 use crate::error::{Result, bail, err};
 use crate::layout::{Buffer, Layout};
 use crate::plan::local::{Local, plan_local};
@@ -204,7 +204,8 @@ impl Container {
     pub fn rebind(&mut self, layout: Layout, mems: Vec<Mem>, spec: Option<FromSpec>) -> Result<()> {
         self.settled()?;
         let mut device = self.device.clone();
-        if self.own_device && !mems.iter().all(|m| device.holds(m.kind())) {
+        // Pinned memory is for the GPU that it names, though every GPU reaches it.
+        if self.own_device && (device.id() != home(mems.iter().map(|m| m.kind()))) {
             device = own(&layout, &mems)?;
         }
         check_memory(&*device, &layout, &mems)?;

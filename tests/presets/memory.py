@@ -81,7 +81,7 @@ class Preset(reshard.Preset):
     def __init__(self, spec, rank):
         super().__init__(spec, rank)
         if on_gpus:
-            drawn = zlib.crc32(repr(spec["model"]).encode()) + rank
+            drawn = zlib.crc32(repr(spec).encode()) + rank
             self.gpu, self._pins = drawn % gpu.count(), drawn % 3 == 0
 
     def bind(self, name, array, role, dtype=BF16, chunk=0):
