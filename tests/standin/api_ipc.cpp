@@ -23,23 +23,6 @@ struct Handle {
 };
 static_assert(sizeof(Handle) == sizeof(CUipcMemHandle), "as in cuda.h");
 
-// Writes this process into the allocation's header, where nobody is or who is dead.
-void announce(Header *header) {
-    for (int32_t &slot : header->importers) {
-        int32_t expected = __atomic_load_n(&slot, __ATOMIC_ACQUIRE);
-        if (expected && process_lives(expected)) continue;
-        if (__atomic_compare_exchange_n(&slot, &expected, getpid(), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
-    }
-    violation("NO-MEMORY", "more than 32 processes import one allocation");
-}
-
-void withdraw(Header *header) {
-    for (int32_t &slot : header->importers) {
-        int32_t expected = getpid();
-        if (__atomic_compare_exchange_n(&slot, &expected, 0, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
-    }
-}
-
 RegionPtr opened_before(const Handle &handle, const Context *context) {
     for (auto &[base, region] : state().regions)
         if (region->kind == Kind::Import && region->context == context && region->owner == static_cast<uint64_t>(handle.process) &&
@@ -87,7 +70,7 @@ EXPORT CUresult cuIpcGetMemHandle(CUipcMemHandle *out, CUdeviceptr address) {
     call.context();
     check_range(call, address, 1, "exports");
     RegionPtr region = find_region(address);
-    if (region->kind != Kind::Device || is_set("STANDIN_VMM")) return CUDA_ERROR_INVALID_VALUE;
+    if (region->kind != Kind::Device) return CUDA_ERROR_INVALID_VALUE;
     Device *device = region->context->device;
     Handle handle = {};
     handle.magic = MAGIC;

@@ -174,13 +174,27 @@ EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *pointer
     return CUDA_SUCCESS;
 }
 
+static std::pair<uint64_t, uint64_t> reservation_of(const RegionPtr &region) {
+    return *std::prev(state().reserved.upper_bound(region->base));
+}
+
+// The mapping that an address lies in. With STANDIN_WHOLE_MAPPINGS, of all that was reserved with it: what a driver might say that
+// takes the documentation otherwise.
+static std::pair<uint64_t, uint64_t> mapping_of(const RegionPtr &region) {
+    if (!region) return {0, 0};
+    if (region->kind == Kind::Mapped && is_set("STANDIN_WHOLE_MAPPINGS")) return reservation_of(region);
+    return {region->base, region->size};
+}
+
 EXPORT CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *bytes, CUdeviceptr address) {
     BEGIN;
     call.context();
     RegionPtr region = find_region(address);
     if (!region) return CUDA_ERROR_NOT_FOUND;
-    if (base) *base = region->base;
-    if (bytes) *bytes = region->size;
+    // What it says of mapped memory is not documented: the least helpful of what it might.
+    auto [start, size] = region->kind == Kind::Mapped ? reservation_of(region) : std::pair{region->base, region->size};
+    if (base) *base = start;
+    if (bytes) *bytes = size;
     return CUDA_SUCCESS;
 }
 
@@ -199,7 +213,10 @@ static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int w
     };
     bool device = region && region->on_device();
     switch (which) {
-    case 1: return give(region ? reinterpret_cast<uint64_t>(region->kind == Kind::Pool ? nullptr : region->context) : 0ull);
+    case 1: {
+        bool of_context = region && region->kind != Kind::Pool && region->kind != Kind::Mapped;
+        return give(of_context ? reinterpret_cast<uint64_t>(region->context) : 0ull);
+    }
     case 2: return give(region ? static_cast<int>(device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST) : 0);
     case 3: return give(static_cast<uint64_t>(region ? address : 0));
     case 4: // the host's pointer: device memory has none
@@ -208,11 +225,15 @@ static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int w
     case 7: return give(region ? region->id : 0);
     case 8: return give(0u); // managed
     case 9: return give(region ? region->context->device->ordinal : static_cast<int>(CU_DEVICE_INVALID));
-    case 10: return give(static_cast<unsigned>(region && region->kind == Kind::Device && !is_set("STANDIN_VMM")));
+    case 10: return give(static_cast<unsigned>(region && region->kind == Kind::Device));
     case 11: return give(region ? region->base : 0);
     case 12: return give(region ? region->size : 0);
     case 13: return give(static_cast<unsigned>(region != nullptr));
+    case 14: return give(static_cast<unsigned>(region && region->physical ? region->physical->types : 0));
     case 17: return give(region && region->kind == Kind::Pool ? reinterpret_cast<uint64_t>(region->context->device) : 0ull);
+    case 18: return give(mapping_of(region).second);
+    case 19: return give(mapping_of(region).first);
+    case 20: return give(region ? region->physical ? region->physical->id : region->id : 0);
     default: return CUDA_ERROR_INVALID_VALUE;
     }
 }

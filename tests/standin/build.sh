@@ -3,7 +3,8 @@
 #
 #   target/standin/libcuda.so.1        all of it
 #   target/standin/libnccl.so.2        works on either driver
-#   target/standin-old/libcuda.so.1    without what older drivers lack: stream-ordered memory, and words that streams wait for
+#   target/standin-old/libcuda.so.1    without what older drivers lack: stream-ordered memory, words that streams wait
+#                                      for, and the way from mapped memory to its handle
 #
 #   tests/standin/build.sh [FOLDER SYMBOL,SYMBOL ...]     another one, into FOLDER, without these functions
 set -euo pipefail
@@ -45,7 +46,7 @@ if [[ $# -gt 0 ]]; then
     exit
 fi
 link target/standin ""
-link target/standin-old cuMemAllocAsync,cuMemFreeAsync,cuStreamWaitValue64_v2,cuStreamWriteValue64_v2
+link target/standin-old cuMemAllocAsync,cuMemFreeAsync,cuMemRetainAllocationHandle,cuStreamWaitValue64_v2,cuStreamWriteValue64_v2
 
 built=()
 for source in tests/standin/nccl*.cpp; do compile "$source"; done

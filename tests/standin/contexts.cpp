@@ -71,7 +71,7 @@ static void check_unused(const char *call, Context *context) {
     State &all = state();
     std::string what;
     for (auto &[base, region] : all.regions)
-        if (region->context == context && region->on_device() && !region->freeing) what = "memory";
+        if (region->context == context && region->on_device() && region->kind != Kind::Mapped && !region->freeing) what = "memory";
     for (auto &[handle, stream] : all.stream_handles)
         if (stream->context == context) what = "a stream";
     for (auto &[handle, event] : all.events)

@@ -12,6 +12,7 @@ using CUstream = struct CUstream_st *;
 using CUevent = struct CUevent_st *;
 using CUmodule = struct CUmod_st *;
 using CUfunction = struct CUfunc_st *;
+using CUmemGenericAllocationHandle = unsigned long long;
 using CUmemoryPool = struct CUmemPoolHandle_st *;
 
 struct CUuuid {
@@ -28,6 +29,13 @@ struct CUmemAccessDesc {
     CUmemLocation location;
     int flags;
 };
+struct CUmemAllocationProp {
+    int type, requestedHandleTypes;
+    CUmemLocation location;
+    void *win32HandleMetaData;
+    unsigned char allocFlags[8];
+};
+static_assert(sizeof(CUmemAllocationProp) == 32, "as in cuda.h");
 struct CUDA_MEMCPY2D {
     size_t srcXInBytes, srcY;
     int srcMemoryType;

@@ -45,7 +45,8 @@ void reserve_ranges() {
     State &all = state();
     if (all.devices.empty()) return;
     all.span = 1ull << 38;
-    uint64_t bytes = all.span * all.devices.size();
+    uint64_t bytes = all.span * (all.devices.size() + 1);
+    all.next_reserved = all.span * all.devices.size();
     all.range = map(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     all.alias = map(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     for (auto &device : all.devices) {
@@ -64,7 +65,7 @@ void reserve_ranges() {
 
 bool in_device_range(uint64_t address) {
     State &all = state();
-    return address >= all.range && address < all.range + all.span * all.devices.size();
+    return address >= all.range && address < all.range + all.span * (all.devices.size() + 1);
 }
 
 RegionPtr find_region(uint64_t address) {
@@ -84,7 +85,7 @@ uint64_t take_pages(Device *device, uint64_t pages) {
     return page;
 }
 
-static unsigned char *alias_of(uint64_t address) {
+unsigned char *alias_of(uint64_t address) {
     return reinterpret_cast<unsigned char *>(address - state().range + state().alias);
 }
 
@@ -143,13 +144,28 @@ bool process_lives(int32_t process) {
     return name_end && name_end[1] && name_end[2] != 'Z' && name_end[2] != 'X';
 }
 
-static void check_importers(const char *call, const Region &region) {
-    Header *header = header_of(region);
-    for (int32_t &process : header->importers) {
+void check_importers(const char *call, const Header *header) {
+    for (const int32_t &process : header->importers) {
         int32_t id = __atomic_load_n(&process, __ATOMIC_ACQUIRE);
         if (id && process_lives(id))
-            violation("FREED-WHILE-IMPORTED", "%s: %llu bytes at 0x%llx are open in process %d", call,
-                      (unsigned long long)region.size, (unsigned long long)region.base, id);
+            violation("FREED-WHILE-IMPORTED", "%s: %llu bytes are open in process %d", call, (unsigned long long)header->size, id);
+    }
+}
+
+// Writes this process into the allocation's header, where nobody is or who is dead.
+void announce(Header *header) {
+    for (int32_t &slot : header->importers) {
+        int32_t expected = __atomic_load_n(&slot, __ATOMIC_ACQUIRE);
+        if (expected && process_lives(expected)) continue;
+        if (__atomic_compare_exchange_n(&slot, &expected, getpid(), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
+    }
+    violation("NO-MEMORY", "more than 32 processes import one allocation");
+}
+
+void withdraw(Header *header) {
+    for (int32_t &slot : header->importers) {
+        int32_t expected = getpid();
+        if (__atomic_compare_exchange_n(&slot, &expected, 0, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return;
     }
 }
 
@@ -162,9 +178,9 @@ void release_region(const char *call, const RegionPtr &region, bool know) {
     all.words.erase(all.words.lower_bound(region->base), all.words.lower_bound(region->base + region->size));
     if (!region->on_device()) return;
     all.graveyard[region->base] = region->size;
-    if (region->kind == Kind::Import) return;
+    if (region->kind == Kind::Import || region->kind == Kind::Mapped) return;
     Device *device = region->context->device;
-    check_importers(call, *region);
+    check_importers(call, header_of(*region));
     __atomic_store_n(&header_of(*region)->freed, 1, __ATOMIC_RELEASE);
     device->used -= region->size;
     // The first page stays: importers may still look at its header.
@@ -193,37 +209,57 @@ void release_region(const char *call, const RegionPtr &region, bool know) {
     violation("UNREGISTERED-HOST", "%s, host memory that was neither registered nor allocated by the driver", start);
 }
 
-void check_range(const Call &call, uint64_t address, uint64_t bytes, const char *what) {
+bool over_regions(uint64_t address, uint64_t bytes, const Part &each) {
     RegionPtr region = find_region(address);
-    if (!region || bytes > region->base + region->size - address) unknown(call.name, what, address, bytes);
+    if (!region) return false;
+    while (true) {
+        uint64_t offset = address - region->base, part = std::min(bytes, region->size - offset);
+        each(*region, offset, part);
+        if (part == bytes) return true;
+        address += part, bytes -= part;
+        // Of other memory each allocation stands for itself.
+        RegionPtr next = find_region(address);
+        if (!next || region->kind != Kind::Mapped || next->kind != Kind::Mapped) return false;
+        region = next;
+    }
+}
+
+void check_range(const Call &call, uint64_t address, uint64_t bytes, const char *what) {
+    if (!over_regions(address, bytes, [](Region &, uint64_t, uint64_t) {})) unknown(call.name, what, address, bytes);
 }
 
 unsigned char *reach(const Running &running, uint64_t address, uint64_t bytes, const char *does, RegionPtr *found) {
-    RegionPtr region = find_region(address);
-    if (!region || bytes > region->base + region->size - address) unknown(running.access.note->text(), does, address, bytes);
     auto complain = [&](const char *name, const char *why) {
         violation(name, "%s %s %llu bytes at 0x%llx, %s", running.access.note->text().c_str(), does, (unsigned long long)bytes,
                   (unsigned long long)address, why);
     };
-    if (!region->allocated) complain("UNKNOWN-MEMORY", "which the stream that allocates them has not done yet");
-    if (region->on_device()) {
-        const Device *user = running.context->device, *home = region->context->device;
-        bool peer = region->kind == Kind::Pool ? home->pool_access.count(user) : running.context->peers.count(home);
-        if (user != home && !peer && !running.any_device)
-            complain("NO-PEER-ACCESS", "memory of another device, to which its context has no access");
-    }
+    const Device *user = running.context->device;
+    auto may = [&](Region &region, uint64_t, uint64_t) {
+        if (!region.allocated) complain("UNKNOWN-MEMORY", "which the stream that allocates them has not done yet");
+        if (region.kind == Kind::Mapped) {
+            if (!region.access.count(user)) complain("NO-ACCESS", "mapped memory that cuMemSetAccess has not opened to its device");
+        } else if (region.on_device()) {
+            const Device *home = region.context->device;
+            bool peer = region.kind == Kind::Pool ? home->pool_access.count(user) : running.context->peers.count(home);
+            if (user != home && !peer && !running.any_device)
+                complain("NO-PEER-ACCESS", "memory of another device, to which its context has no access");
+        }
+    };
+    if (!over_regions(address, bytes, may)) unknown(running.access.note->text(), does, address, bytes);
+    RegionPtr region = find_region(address);
     if (found) *found = region;
+    // Mappings that meet also meet where the driver sees them.
     return region->data + (address - region->base);
 }
 
 // Notes a whole range as read or written by the running operation, which can reach it.
 void touch(const Running &running, uint64_t address, uint64_t bytes, bool writes) {
-    RegionPtr region = find_region(address);
-    uint64_t low = address - region->base;
-    if (writes)
-        region->shadow.write(low, low + bytes, running.access, *running.clock);
-    else
-        region->shadow.read(low, low + bytes, running.access, *running.clock);
+    over_regions(address, bytes, [&](Region &region, uint64_t low, uint64_t part) {
+        if (writes)
+            region.shadow.write(low, low + part, running.access, *running.clock);
+        else
+            region.shadow.read(low, low + part, running.access, *running.clock);
+    });
 }
 
 } // namespace standin

@@ -60,7 +60,7 @@ static bool passes(const Case &each, int seed) {
 int main(int count, char **arguments) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     int passed = 0, failed = 0;
-    for (const auto *cases : {&memory_cases, &setup_cases, &order_cases, &graph_cases, &process_cases, &nccl_cases, &nccl_wrong_cases})
+    for (const auto *cases : {&memory_cases, &mapping_cases, &setup_cases, &order_cases, &graph_cases, &process_cases, &nccl_cases, &nccl_wrong_cases})
         for (const Case &each : *cases) {
             if (count > 1 && !strstr(each.name, arguments[1])) continue;
             bool right = true;

@@ -24,6 +24,7 @@ bool is_set(const char *name);
 bool is_ok(const char *name); // "ok": a violation that the test asks to let pass
 
 struct Device;
+struct Header;
 struct Context;
 struct Stream;
 struct Module;
@@ -121,11 +122,24 @@ struct Device {
     uint64_t next = 0; // first free byte of its range
     uint64_t used = 0;
     uint64_t pool_threshold = 0;
+    uint64_t files = 0; // of physical memory that are open
     std::set<const Device *> pool_access; // who may touch its pool's memory
     Context context;
 };
 
-enum class Kind { Device, Pool, Import, Pinned, Registered };
+enum class Kind { Device, Pool, Import, Mapped, Pinned, Registered };
+
+// What cuMemCreate makes, or an import of it. It lies in a memory file of its own, whose descriptor is all that another process needs;
+// the file begins with a page that holds its header. There until nothing refers to it and nothing maps it.
+struct Physical {
+    uint64_t id, size;
+    Device *device;
+    int file, types; // types: of handles for which it was made
+    Header *header;
+    bool imported;
+    unsigned handles, mappings;
+};
+using PhysicalPtr = std::shared_ptr<Physical>;
 
 // Memory that operations may touch. Operations reach `base` at `data`.
 struct Region {
@@ -138,8 +152,10 @@ struct Region {
     uint64_t page = 0, pages = 0;   // its pages within all devices' range
     unsigned opened = 0;            // imports: how often
     uint64_t owner = 0, remote = 0; // imports: whose, and its number there
+    PhysicalPtr physical;           // mapped: what is there
+    std::set<const Device *> access; // mapped: who may touch it
     Shadow shadow;
-    bool on_device() const { return kind == Kind::Device || kind == Kind::Pool || kind == Kind::Import; }
+    bool on_device() const { return kind == Kind::Device || kind == Kind::Pool || kind == Kind::Import || kind == Kind::Mapped; }
 };
 using RegionPtr = std::shared_ptr<Region>;
 
@@ -176,6 +192,9 @@ struct State {
     uint64_t range = 0, alias = 0, span = 0; // device addresses; where the driver itself sees them; bytes of each device
     std::map<uint64_t, RegionPtr> regions;   // by base
     std::map<uint64_t, uint64_t> graveyard;  // base to size of what was freed
+    std::map<uint64_t, uint64_t> reserved;   // addresses for mappings: base to size
+    uint64_t next_reserved = 0;              // they have a range of their own, behind the devices'
+    std::unordered_map<uint64_t, PhysicalPtr> physicals; // by handle
     std::vector<StreamPtr> streams;          // all that live or have work
     std::unordered_map<uint64_t, StreamPtr> stream_handles;
     std::unordered_map<uint64_t, Event> events;
@@ -233,13 +252,24 @@ RegionPtr device_alloc(Context *context, uint64_t size, Kind kind, CUresult *err
 void add_region(RegionPtr region);
 void release_region(const char *call, const RegionPtr &region, bool know);
 uint64_t take_pages(Device *device, uint64_t pages);
+unsigned char *alias_of(uint64_t address);
 Header *header_of(const Region &region);
 bool process_lives(int32_t process);
+// Writes this process into the header of memory that another one made, or takes it out again.
+void announce(Header *header);
+void withdraw(Header *header);
+void check_importers(const char *call, const Header *header);
+// Where the regions that hold a range meet without a gap, calls `each(region, offset in it, bytes)`; whether they hold all of it.
+using Part = std::function<void(Region &, uint64_t, uint64_t)>;
+bool over_regions(uint64_t address, uint64_t bytes, const Part &each);
 // The driver's pointer to memory that the running operation may touch; everything else is a violation.
 unsigned char *reach(const Running &running, uint64_t address, uint64_t bytes, const char *does, RegionPtr *found = nullptr);
 void touch(const Running &running, uint64_t address, uint64_t bytes, bool writes);
 // As an argument of a call: known memory, whole.
 void check_range(const Call &call, uint64_t address, uint64_t bytes, const char *what);
+
+// api_mappings.cpp
+uint64_t exported_descriptors();
 
 // schedule.cpp
 StreamPtr new_stream(Context *context, unsigned flags, int priority);

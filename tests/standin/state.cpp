@@ -129,22 +129,27 @@ static std::vector<Count> live() {
     State &all = state();
     Count device{"device allocation", "device allocations", 0}, pool{"pool allocation", "pool allocations", 0};
     Count pinned{"pinned allocation", "pinned allocations", 0}, registered{"host registration", "host registrations", 0};
+    Count mapped{"mapping", "mappings", 0}, handles{"handle of an allocation", "handles of allocations", 0};
     Count imports{"opened IPC handle", "opened IPC handles", 0}, retained{"retained context", "retained contexts", 0};
     for (auto &[base, region] : all.regions) {
         switch (region->kind) {
         case Kind::Device: device.count++; break;
         case Kind::Pool: pool.count += !region->freeing; break;
         case Kind::Import: imports.count += region->opened; break;
+        case Kind::Mapped: mapped.count++; break;
         case Kind::Pinned: pinned.count++; break;
         case Kind::Registered: registered.count++; break;
         }
     }
+    for (auto &[handle, physical] : all.physicals) handles.count += physical->handles;
+    Count reserved{"address range", "address ranges", all.reserved.size()};
+    Count descriptors{"descriptor of an allocation", "descriptors of allocations", exported_descriptors()};
     for (auto &device : all.devices) retained.count += device->context.retained;
     Count streams{"stream", "streams", all.stream_handles.size()}, events{"event", "events", all.events.size()};
     Count modules{"module", "modules", all.modules.size()};
     Count graphs{"graph", "graphs", all.graphs.size() + all.execs.size()};
     Count communicators{"communicator", "communicators", all.communicators};
-    return {device, pool, pinned, registered, imports, streams, events, modules, graphs, communicators, retained};
+    return {device, pool, pinned, registered, imports, mapped, handles, reserved, descriptors, streams, events, modules, graphs, communicators, retained};
 }
 
 __attribute__((destructor)) static void at_exit() {
