@@ -5,6 +5,7 @@
 
 #[allow(dead_code)] // `properties` uses the rest.
 mod oracle;
+mod sharing;
 
 use cudarc::driver::sys;
 use fastrand::Rng;
@@ -16,8 +17,7 @@ use oracle::truth::{Memory, compare, write};
 use oracle::{generate, model};
 use reshard::abi::*;
 use std::ffi::{CStr, c_char, c_int};
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -383,10 +383,10 @@ fn memory_that_is_mapped_is_not_its_peers() {
     if standin::<usize>(c"standin_calls").is_none() || second().is_none() {
         return;
     }
-    if std::env::var_os("STANDIN_VMM").is_none() {
+    if gpu::origin() == gpu::Origin::Whole {
         let test = ["memory_that_is_mapped_is_not_its_peers", "--exact"];
         let program = std::env::current_exe().unwrap();
-        assert!(Command::new(program).args(test).env("STANDIN_VMM", "1").status().unwrap().success());
+        assert!(Command::new(program).args(test).env("RESHARD_GPU_MEMORY", "mapped").status().unwrap().success());
         return;
     }
     World::connected(two_ranks(), &[GPU_0, GPU_0]).sync(1);
@@ -395,70 +395,6 @@ fn memory_that_is_mapped_is_not_its_peers() {
     let answers = world.all(|c| c.connect());
     let texts: Vec<String> = answers.into_iter().map(|a| a.expect_err("must be refused").text).collect();
     assert!(texts[1].contains("weights of rank 0") && texts[1].contains("is not from cudaMalloc()"), "{texts:?}");
-}
-
-/// Not a test of its own: a rank in a process of its own, for the next test. Prints what connect and three syncs gave.
-#[test]
-fn child() {
-    let Ok(spec) = std::env::var("RESHARD_CUDA_CHILD") else { return };
-    let (rank, name) = spec.split_once(',').expect("rank,name");
-    let r: usize = rank.parse().expect("a rank");
-    let case = two_ranks();
-    let mut memory = Memory::new(GPU_0, &case.ranks[r].blocks, 7);
-    let comm = Comm::local(name, r, 2, 0, TIMEOUT_MS).unwrap();
-    let tables = Tables::new(&case, &case.ranks[r], GPU_0, |b| memory.address(case.ranks[r].buffers[b].block, 0));
-    let mut container = Container::create(&case.ranks[r], &tables, &comm, TIMEOUT_MS).unwrap();
-    container.stream = memory.stream();
-    let said = (|| -> Result<(), Failure> {
-        container.connect()?;
-        for version in 1..4 {
-            let mut image = memory.bytes();
-            write(&case, r, RS_SOURCE, &[true; 2], version, &memory, &mut image);
-            memory.write(&image);
-            write(&case, r, RS_TARGET, &[true; 2], version, &memory, &mut image);
-            container.sync(version, None)?;
-            compare(&case, r, &memory, &image).unwrap();
-        }
-        Ok(())
-    })();
-    println!("@{said:?}");
-    drop(container);
-    // The owner's memory goes when its reader has closed it: when this rank's parent, who has heard from both, says so.
-    std::io::stdin().read_line(&mut String::new()).unwrap();
-}
-
-/// Trainer and engine as processes of one GPU: the engine reads the trainer's memory through the driver; where that memory cannot be
-/// opened by other processes, both are told what to do.
-#[test]
-fn processes_share_a_gpu() {
-    let Some(_alone) = alone() else { return };
-    for (vmm, name) in [(false, "whole"), (true, "vmm")] {
-        if vmm && standin::<usize>(c"standin_calls").is_none() {
-            continue;
-        }
-        let start = |rank: u32| {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["child", "--exact", "--nocapture"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-            command.env("RESHARD_CUDA_CHILD", format!("{rank},cuda {} {name}", std::process::id()));
-            if vmm {
-                command.env("STANDIN_VMM", "1");
-            }
-            command.spawn().unwrap()
-        };
-        // The reader ends first.
-        for mut child in [start(0), start(1)].into_iter().rev().collect::<Vec<_>>() {
-            let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-            let said = lines.find_map(|l| l.unwrap().split_once('@').map(|l| l.1.to_string())).expect("it says how it went");
-            if vmm {
-                let words = ["status: -", "cudaMalloc()", "rs_comm_from_nccl()"];
-                words.iter().for_each(|w| assert!(said.contains(w), "'{w}' is not in: {said}"));
-            } else {
-                assert_eq!(said, "Ok(())");
-            }
-            drop(child.stdin.take());
-            assert!(child.wait().unwrap().success());
-        }
-    }
 }
 
 /// Whichever call of the driver fails: an error that bears CUDA's name for it, on some rank, or none and all bytes are right; nothing

@@ -134,7 +134,7 @@ pub enum Access {
 }
 
 /// One block of memory of an owner as its reader sees it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Window {
     /// Addressable here. The [`Mem`] covers exactly what the owner offered.
     Mapped(Mem),

@@ -380,16 +380,16 @@ impl Container {
 
     /// Makes sure that our device can read another rank's memory; what that opens is kept open by what `kept` gets.
     fn reach(&self, windows: &dyn Windows, window: &mut Window, kept: &mut Vec<Kept>) -> Result<()> {
-        match *window {
+        match window {
             Window::Exported(export) => {
-                let (mem, open) = self.device.import(&export)?;
+                let (mem, open) = self.device.import(export)?;
                 *window = Window::Mapped(mem);
                 kept.push(open);
                 Ok(())
             }
             Window::Mapped(mem) => {
                 let (kind, id) = mem.kind();
-                let shared = if kind == RS_DEVICE_CPU && self.device.id().0 != kind { windows.mapping(mem)? } else { None };
+                let shared = if kind == RS_DEVICE_CPU && self.device.id().0 != kind { windows.mapping(*mem)? } else { None };
                 if let Some(shared) = shared {
                     kept.push(self.device.register(shared)?);
                     return Ok(());
@@ -403,7 +403,7 @@ impl Container {
                         self.device.name()
                     );
                 }
-                self.device.reach(mem)
+                self.device.reach(*mem)
             }
             _ => self.sendable(),
         }
@@ -414,8 +414,8 @@ impl Container {
         if self.device.id().0 != RS_DEVICE_CPU {
             bail!(
                 RS_ERR_UNSUPPORTED,
-                "'{}' moves through memory that processes share: a GPU's from cudaMalloc() (not of PyTorch's expandable segments), or the \
-                 host's from rs_mem_alloc(); use these, or rs_comm_from_nccl()",
+                "'{}' moves through memory that processes share: a GPU's from cudaMalloc() (or mapped with handles for other processes), \
+                 or the host's from rs_mem_alloc(); use these, or rs_comm_from_nccl()",
                 self.device.name()
             );
         }

@@ -13,10 +13,11 @@ pub mod host;
 pub mod mem;
 
 use crate::abi::{RS_DEVICE_CPU, RS_DEVICE_CUDA, RS_DEVICE_CUDA_HOST, RS_ERR_INTERNAL, RS_ERR_UNSUPPORTED};
-use crate::error::{Result, bail};
+use crate::error::{Error, Result, bail};
 use crate::geom::StridedCopy;
 pub use mem::Mem;
 use std::any::Any;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// One strided copy with both its addresses, checked: every byte it touches lies inside `src` and `dst`.
@@ -183,26 +184,47 @@ pub trait Batch: Send + Sync {
     fn start(&self, stream: Stream) -> Result<()>;
 }
 
-/// Bytes of a handle by which another process opens an allocation.
+/// Bytes of a name by which another process opens an allocation.
 pub const HANDLE: usize = 64;
 
-/// A block of a device's memory as another process of the host opens it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Memory of a device as another process of the host opens it.
+#[derive(Clone, Debug)]
+pub enum Allocation {
+    /// By the device's name for it.
+    Named([u8; HANDLE]),
+    /// By descriptors of pieces that lie one behind the other.
+    Pieces(Arc<[Piece]>),
+}
+
+/// The descriptor by which another process opens a piece of memory, and its length in bytes.
+pub type Piece = (Arc<OwnedFd>, u64);
+
+/// A block of such memory.
+#[derive(Clone, Debug)]
 pub struct Export {
-    /// The device's name for the allocation.
-    pub handle: [u8; HANDLE],
+    /// What it lies in.
+    pub of: Allocation,
     /// Where in it the block begins, in bytes.
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
+/// What other processes of the host need to open blocks of memory.
+#[derive(Debug, Default)]
+pub struct Exports {
+    /// By block; `None`: they cannot.
+    pub blocks: Vec<Option<Export>>,
+    /// Why not, of the first such block that lies in a device's own memory.
+    pub refused: Option<Error>,
+}
+
 /// A block of another process, open as long as the second part lives.
 pub type Imported = (Mem, Arc<dyn Any + Send + Sync>);
 
-/// What other processes of the host need to open each of these blocks; `None`: they cannot.
-pub fn export(blocks: &[Mem]) -> Result<Vec<Option<Export>>> {
-    if blocks.iter().any(|b| b.kind().0 == RS_DEVICE_CUDA) { cuda::export(blocks) } else { Ok(vec![None; blocks.len()]) }
+/// What other processes of the host need to open the blocks of each list. What several lists share is asked for once.
+pub fn export(lists: &[&[Mem]]) -> Vec<Exports> {
+    cuda::export(lists)
 }
 
 /// DLPack's `(device_type, device_id)` of the library's own device for memory of these: the GPU that the first of them is of, else the one

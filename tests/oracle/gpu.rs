@@ -1,4 +1,6 @@
 //! Where the ranks' weights lie: in host memory, or, with RESHARD_MEMORY=cuda, in the memory of GPUs and in pinned host memory.
+//!
+//! RESHARD_GPU_MEMORY: how that of a GPU is allocated.
 
 use cudarc::driver::sys;
 use reshard::abi::*;
@@ -29,6 +31,30 @@ pub fn kind(rng: &mut fastrand::Rng) -> Kind {
     }
     let gpu = rng.i32(0..count());
     if rng.u32(0..5) == 0 { (RS_DEVICE_CUDA_HOST, gpu) } else { (RS_DEVICE_CUDA, gpu) }
+}
+
+/// How memory of a GPU is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// By cudaMalloc.
+    Whole,
+    /// Mapped piece by piece, as by PyTorch's expandable segments.
+    Mapped,
+    /// The same, without handles for other processes.
+    Private,
+    /// From a stream-ordered pool.
+    Pool,
+}
+
+/// How this process allocates it.
+pub fn origin() -> Origin {
+    match std::env::var("RESHARD_GPU_MEMORY").as_deref() {
+        Err(_) => Origin::Whole,
+        Ok("mapped") => Origin::Mapped,
+        Ok("private") => Origin::Private,
+        Ok("pool") => Origin::Pool,
+        Ok(other) => panic!("RESHARD_GPU_MEMORY is '{other}'; it is mapped, private or pool"),
+    }
 }
 
 fn check(what: &str, answer: sys::CUresult) {
@@ -87,12 +113,84 @@ pub fn as_some_thread<R>(rank: usize, body: impl FnOnce() -> R) -> R {
     if asked && rank % 3 > 0 { on(rank as i32 % count(), body) } else { body() }
 }
 
+/// Addresses of a GPU at which pieces of memory of several lengths are mapped one behind the other.
+struct Range {
+    base: u64,
+    /// Where the block begins: inside a piece.
+    start: u64,
+    pieces: Vec<usize>,
+}
+
+impl Range {
+    /// Room for so many bytes. The first of two blocks in them ends in another piece than it begins in, if they are of some length, and
+    /// the second begins where the first ends.
+    fn new(gpu: i32, len: usize, shareable: bool) -> Range {
+        use sys::CUmemAllocationHandleType as Handles;
+        let location = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: gpu };
+        let wanted = sys::CUmemAllocationProp {
+            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+            requestedHandleTypes: if shareable {
+                Handles::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            } else {
+                Handles::CU_MEM_HANDLE_TYPE_NONE
+            },
+            location,
+            win32HandleMetaData: null_mut(),
+            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+                compressionType: 0,
+                gpuDirectRDMACapable: 0,
+                usage: 0,
+                reserved: [0; 4],
+            },
+        };
+        let access = sys::CUmemAccessDesc { location, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        let (mut unit, mut base) = (0, 0);
+        let least = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+        // SAFETY: each call writes its one result; descriptions outlive their calls; pieces go to addresses that were reserved.
+        unsafe {
+            check("cuMemGetAllocationGranularity", sys::cuMemGetAllocationGranularity(&mut unit, &wanted, least));
+            let start = unit - (len / 4 % unit) / 256 * 256;
+            let mut pieces = vec![];
+            while pieces.iter().sum::<usize>() < start + len {
+                pieces.push(unit * (1 + pieces.len() % 3));
+            }
+            let bytes = pieces.iter().sum();
+            check("cuMemAddressReserve", sys::cuMemAddressReserve(&mut base, bytes, 0, 0, 0));
+            let mut at = base;
+            for &piece in &pieces {
+                let mut handle = 0;
+                check("cuMemCreate", sys::cuMemCreate(&mut handle, piece, &wanted, 0));
+                check("cuMemMap", sys::cuMemMap(at, piece, 0, handle, 0));
+                check("cuMemRelease", sys::cuMemRelease(handle));
+                at += piece as u64;
+            }
+            check("cuMemSetAccess", sys::cuMemSetAccess(base, bytes, &access, 1));
+            Range { base, start: start as u64, pieces }
+        }
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        let mut at = self.base;
+        // SAFETY: `new` mapped and reserved them, and nobody uses them any more.
+        unsafe {
+            for &piece in &self.pieces {
+                check("cuMemUnmap", sys::cuMemUnmap(at, piece));
+                at += piece as u64;
+            }
+            check("cuMemAddressFree", sys::cuMemAddressFree(self.base, (at - self.base) as usize));
+        }
+    }
+}
+
 /// A block of memory of some kind, with its bytes. A GPU's is written and read in the order of a stream of its own.
 pub struct Block {
     kind: Kind,
     at: *mut u8,
     len: usize,
     stream: sys::CUstream,
+    range: Option<Range>,
 }
 
 // SAFETY: memory of its own, which any thread may use.
@@ -103,7 +201,7 @@ unsafe impl Sync for Block {}
 impl Block {
     pub fn new(kind: Kind, bytes: &[u8]) -> Block {
         let (kind, len) = (kind, bytes.len());
-        let mut block = Block { kind, at: null_mut(), len, stream: null_mut() };
+        let mut block = Block { kind, at: null_mut(), len, stream: null_mut(), range: None };
         if kind == HOST {
             block.at = Box::into_raw(bytes.to_vec().into_boxed_slice()).cast();
             return block;
@@ -114,7 +212,14 @@ impl Block {
             check("cuStreamCreate", sys::cuStreamCreate(&mut block.stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32));
             if kind.0 == RS_DEVICE_CUDA {
                 let mut at = 0;
-                check("cuMemAlloc", sys::cuMemAlloc_v2(&mut at, len));
+                match origin() {
+                    Origin::Whole => check("cuMemAlloc", sys::cuMemAlloc_v2(&mut at, len)),
+                    Origin::Pool => check("cuMemAllocAsync", sys::cuMemAllocAsync(&mut at, len, block.stream)),
+                    how => {
+                        let range = block.range.insert(Range::new(kind.1, len, how == Origin::Mapped));
+                        at = range.base + range.start;
+                    }
+                }
                 block.at = at as *mut u8;
             } else {
                 let mut at: *mut c_void = null_mut();
@@ -185,6 +290,8 @@ impl Drop for Block {
                 check("cuStreamSynchronize", sys::cuStreamSynchronize(self.stream));
                 check("cuStreamDestroy", sys::cuStreamDestroy_v2(self.stream));
                 match self.kind.0 {
+                    RS_DEVICE_CUDA if self.range.is_some() => drop(self.range.take()),
+                    // Of a pool too: on the default stream, whatever is there.
                     RS_DEVICE_CUDA => check("cuMemFree", sys::cuMemFree_v2(self.at as u64)),
                     _ => check("cuMemFreeHost", sys::cuMemFreeHost(self.at.cast())),
                 }

@@ -26,6 +26,7 @@ echo "every call may fail"
 over target/standin cuda nccl streams offload
 echo "processes, killed and stopped"
 over target/standin kills
+RESHARD_GPU_MEMORY=mapped over target/standin kills
 echo "an old driver"
 over target/standin-old properties cuda
 echo "world specs"

@@ -63,7 +63,7 @@ impl Local {
     fn go_on(&self, begun: &mut Begun, deadline: Deadline) -> Result<()> {
         let Begun::Going(mine, swap) = begun else { return Ok(()) };
         let others = self.mesh.others();
-        let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[] };
+        let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[], files: &[] };
         let out: Vec<_> = others.iter().map(|&r| (r, letter)).collect();
         if let Some(frames) = self.mesh.try_swap(&out, Kind::Gather, &others, "gather", swap, deadline)? {
             *begun = Begun::Ended(self.gathered(mine, frames)?);
@@ -128,7 +128,7 @@ impl Comm for Local {
 
     fn allgather(&self, mine: &[u8], deadline: Deadline) -> Result<Vec<u8>> {
         let others = self.mesh.others();
-        let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[] };
+        let letter = Letter { kind: Kind::Gather, bytes: mine, memory: &[], files: &[] };
         let out: Vec<_> = others.iter().map(|&r| (r, letter)).collect();
         let frames = self.mesh.swap(&out, Kind::Gather, &others, "gather", deadline)?;
         self.gathered(mine, frames)
@@ -196,7 +196,7 @@ impl Windows for Local {
 
     fn share(&self, words: usize, peers: &[u32], deadline: Deadline) -> Result<Vec<Arc<Page>>> {
         let (page, file) = Page::new(words).map_err(|e| self.mesh.fail(e))?;
-        let letter = Letter { kind: Kind::Words, bytes: &[], memory: &[file.as_fd()] };
+        let letter = Letter { kind: Kind::Words, bytes: &[], memory: &[file.as_fd()], files: &[] };
         let out: Vec<_> = peers.iter().map(|&r| (r, letter)).collect();
         let frames = self.mesh.swap(&out, Kind::Words, peers, "share its words", deadline)?;
         let mut pages = vec![Arc::new(page)];

@@ -107,8 +107,11 @@ impl Pipes {
             made.push((Mapping::new(file.as_fd(), true).map_err(|e| mesh.fail(failed(e)))?, file));
         }
         let memory: Vec<_> = made.iter().map(|(_, file)| [file.as_fd()]).collect();
-        let out: Vec<_> =
-            to.iter().zip(&memory).map(|(&rank, memory)| (rank, Letter { kind: Kind::Ring, bytes: &[], memory })).collect();
+        let out: Vec<_> = to
+            .iter()
+            .zip(&memory)
+            .map(|(&rank, memory)| (rank, Letter { kind: Kind::Ring, bytes: &[], memory, files: &[] }))
+            .collect();
         let frames = mesh.swap(&out, Kind::Ring, from, "open its pipes", deadline)?;
         for (&rank, frame) in from.iter().zip(frames) {
             match frame.memory.into_iter().next() {

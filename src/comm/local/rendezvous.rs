@@ -21,7 +21,7 @@ const WORLD: u32 = 4096;
 /// "rshlocal", and by its place in the bytes their order.
 const MAGIC: u64 = 0x7273_686c_6f63_616c;
 /// Number of the greeting and of all that follows it; one more with any change.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Between two attempts to connect to a rank that does not listen yet.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -138,7 +138,7 @@ pub fn join(run: &str, rank: u32, world: u32, flags: u32, deadline: Deadline) ->
 fn agree(mesh: &Mesh, tokens: &[u64], deadline: Deadline) -> Result<()> {
     let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_ne_bytes()).collect();
     let others = mesh.others();
-    let letter = Letter { kind: Kind::Gather, bytes: &bytes, memory: &[] };
+    let letter = Letter { kind: Kind::Gather, bytes: &bytes, memory: &[], files: &[] };
     let out: Vec<_> = others.iter().map(|&r| (r, letter)).collect();
     let frames = mesh.swap(&out, Kind::Gather, &others, "meet all others", deadline)?;
     for (&rank, frame) in others.iter().zip(&frames) {
@@ -255,7 +255,7 @@ impl Door<'_> {
             }
         }
         let (bytes, memory) = (self.mine.encode(), [self.bell.as_fd()]);
-        let letter = Letter { kind: Kind::Hello, bytes: &bytes, memory: &memory };
+        let letter = Letter { kind: Kind::Hello, bytes: &bytes, memory: &memory, files: &[] };
         // Fits into any new socket. Whoever is gone already is noticed when we listen.
         let _ = socket.push(&letter, &mut Progress::default());
         self.waiting.push(Greeting { socket, inbox: Inbox::default(), called });

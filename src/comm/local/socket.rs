@@ -1,7 +1,7 @@
-//! Frames of any length, and shared memory, over a packet socket to one peer.
+//! Frames of any length, shared memory and other descriptors over a packet socket to one peer.
 //!
 //! A frame is cut into packets, each with a head that says where it belongs; a packet travels whole, so any thread may send a last
-//! word between the packets of another thread's frame. Knows bytes and mappings. Must not know what a frame means.
+//! word between the packets of another thread's frame. Knows bytes, mappings and descriptors. Must not know what a frame means.
 
 use super::sys::{self, Mapping, Peer, Received};
 use crate::abi::{RS_ERR_COMM, rs_status_t};
@@ -20,7 +20,7 @@ pub enum Kind {
     Hello = 1,
     /// A part of a gather.
     Gather,
-    /// Blocks that the peer may read. Carries their segments.
+    /// Blocks that the peer may read. Carries their segments, and what opens those of a device.
     Offer,
     /// How we reach the blocks that the peer offered.
     Grant,
@@ -56,8 +56,8 @@ impl Kind {
 
 /// Longest body of a packet.
 const BODY: usize = 64 << 10;
-/// Kind and number of mappings of the frame (4 bytes each), its length and the packet's place in it (8 bytes each).
-const HEAD: usize = 24;
+/// Kind, number of mappings and number of descriptors of the frame (4 bytes each), its length and the packet's place in it (8 bytes each).
+const HEAD: usize = 28;
 /// Longest packet.
 pub const PACKET: usize = HEAD + BODY;
 /// Room for packets in a socket, more than it has by default: a last word always finds some.
@@ -72,13 +72,15 @@ pub struct Letter<'a> {
     pub bytes: &'a [u8],
     /// Shared memory that it carries.
     pub memory: &'a [BorrowedFd<'a>],
+    /// Descriptors of something else that it carries; an offer alone has them.
+    pub files: &'a [BorrowedFd<'a>],
 }
 
 /// How far a letter is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
     bytes: usize,
-    memory: usize,
+    fds: usize,
     /// All of it is with the kernel, which delivers it whatever becomes of us.
     pub done: bool,
 }
@@ -92,8 +94,10 @@ pub struct Frame {
     pub bytes: Vec<u8>,
     /// The shared memory that it carried, mapped: readable, and writable where both sides write it (bells, rings, words).
     pub memory: Vec<Mapping>,
-    /// Mappings and bytes of the whole frame.
-    whole: (u32, u64),
+    /// The other descriptors, of whatever the peer chose.
+    pub files: Vec<OwnedFd>,
+    /// Mappings, descriptors and bytes of the whole frame.
+    whole: (u32, u32, u64),
 }
 
 /// A connection to one peer.
@@ -121,14 +125,15 @@ impl Socket {
         while !progress.done {
             let body = &letter.bytes[progress.bytes..];
             let body = &body[..body.len().min(BODY)];
-            let memory = &letter.memory[progress.memory..];
-            let memory = &memory[..memory.len().min(sys::MAX_FDS)];
+            let fds = letter.memory.iter().chain(letter.files).skip(progress.fds).take(sys::MAX_FDS);
+            let fds: Vec<BorrowedFd<'_>> = fds.copied().collect();
             let mut head = [0; HEAD];
             head[..4].copy_from_slice(&(letter.kind as u32).to_ne_bytes());
             head[4..8].copy_from_slice(&(letter.memory.len() as u32).to_ne_bytes());
-            head[8..16].copy_from_slice(&(letter.bytes.len() as u64).to_ne_bytes());
-            head[16..].copy_from_slice(&(progress.bytes as u64).to_ne_bytes());
-            match sys::send(self.as_fd(), &head, body, memory) {
+            head[8..12].copy_from_slice(&(letter.files.len() as u32).to_ne_bytes());
+            head[12..20].copy_from_slice(&(letter.bytes.len() as u64).to_ne_bytes());
+            head[20..].copy_from_slice(&(progress.bytes as u64).to_ne_bytes());
+            match sys::send(self.as_fd(), &head, body, &fds) {
                 Ok(true) => {}
                 Ok(false) => break,
                 // Too many descriptors of this user are on their way: the peers will take some.
@@ -139,8 +144,8 @@ impl Socket {
                 Err(e) => return Err(e),
             }
             progress.bytes += body.len();
-            progress.memory += memory.len();
-            progress.done = progress.bytes == letter.bytes.len() && progress.memory == letter.memory.len();
+            progress.fds += fds.len();
+            progress.done = progress.bytes == letter.bytes.len() && progress.fds == letter.memory.len() + letter.files.len();
         }
         Ok(())
     }
@@ -148,7 +153,7 @@ impl Socket {
     /// Sends one last short frame and closes the connection for both. Needs no lock and does not wait.
     pub fn last(&self, kind: Kind, bytes: &[u8]) {
         sys::widen(self.as_fd(), LAST_ROOM);
-        let letter = Letter { kind, bytes: &bytes[..bytes.len().min(BODY)], memory: &[] };
+        let letter = Letter { kind, bytes: &bytes[..bytes.len().min(BODY)], memory: &[], files: &[] };
         // The peer sees the connection close in any case.
         let _ = self.push(&letter, &mut Progress::default());
         sys::shutdown(self.as_fd());
@@ -188,22 +193,30 @@ impl Inbox {
         let half = |at: usize| head[at..at + 4].try_into().map_or(0, u32::from_ne_bytes);
         let word = |at: usize| head[at..at + 8].try_into().map_or(0, u64::from_ne_bytes);
         let kind = Kind::known(half(0)).ok_or_else(nonsense)?;
-        let whole = (half(4), word(8));
+        let whole = (half(4), half(8), word(12));
+        if whole.1 > 0 && kind != Kind::Offer {
+            return Err(nonsense());
+        }
         // A last word comes between the packets of a frame that will never be whole.
         let mut frame = match self.partial.take() {
             Some(f) if !matches!(kind, Kind::Failed | Kind::Left) => f,
-            _ => Frame { kind, bytes: vec![], memory: vec![], whole },
+            _ => Frame { kind, bytes: vec![], memory: vec![], files: vec![], whole },
         };
-        if (frame.kind, frame.whole, frame.bytes.len() as u64) != (kind, whole, word(16)) {
+        if (frame.kind, frame.whole, frame.bytes.len() as u64) != (kind, whole, word(20)) {
             return Err(nonsense());
         }
         frame.bytes.extend_from_slice(body);
-        for fd in &fds {
+        for fd in fds {
+            // Mappings come first, and are made at once: each holds a descriptor no longer than that.
+            if frame.memory.len() == whole.0 as usize {
+                frame.files.push(fd);
+                continue;
+            }
             let mapping = Mapping::new(fd.as_fd(), matches!(kind, Kind::Hello | Kind::Ring | Kind::Words));
             frame.memory.push(mapping.map_err(|e| err!(RS_ERR_COMM, "cannot map the memory that it shares: {e}"))?);
         }
-        let have = (frame.memory.len() as u32, frame.bytes.len() as u64);
-        match (have.0.cmp(&whole.0), have.1.cmp(&whole.1)) {
+        let fds = (frame.memory.len() + frame.files.len()) as u64;
+        match (fds.cmp(&(u64::from(whole.0) + u64::from(whole.1))), (frame.bytes.len() as u64).cmp(&whole.2)) {
             (Ordering::Equal, Ordering::Equal) => self.frames.push_back(frame),
             (Ordering::Greater, _) | (_, Ordering::Greater) => return Err(nonsense()),
             _ => self.partial = Some(frame),

@@ -9,10 +9,11 @@
 use crate::abi::{RS_ERR_DEVICE, RS_ERR_MEMORY, RS_ERR_UNSUPPORTED};
 use crate::error::{Result, bail, err};
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcMemHandle, CUmodule, CUstream, CUuuid,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcMemHandle, CUmemAccessDesc, CUmemGenericAllocationHandle,
+    CUmodule, CUstream, CUuuid,
 };
 use once_cell::sync::OnceCell;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 
 /// CUDA_SUCCESS.
 const SUCCESS: c_int = 0;
@@ -26,14 +27,34 @@ pub const CAPTURE_IMPLICIT: c_int = sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMP
 /// CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED: as good as success.
 pub const PEER_ACCESS_ALREADY_ENABLED: c_int = sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED as c_int;
 
-/// Declares [`Api`]: functions that every driver of CUDA 12 has, and those that may be missing.
+/// Declares [`Api`]: functions that every driver of CUDA 12 has, those that may be missing, and those that are of use together only.
 macro_rules! functions {
-    (required { $($name:ident($($arg:ty),*);)* } optional { $($maybe:ident($($other:ty),*);)* }) => {
+    (
+        required { $($name:ident($($arg:ty),*);)* }
+        optional { $($maybe:ident($($other:ty),*);)* }
+        mappings { $($part:ident($($third:ty),*);)* }
+    ) => {
+        /// The functions of the virtual memory interface.
+        #[allow(non_snake_case)]
+        pub struct Mappings {
+            $(pub $part: unsafe extern "C" fn($($third),*) -> c_int,)*
+        }
+
         /// The functions, under their exported names.
         #[allow(non_snake_case)]
         pub struct Api {
             $(pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
             $(pub $maybe: Option<unsafe extern "C" fn($($other),*) -> c_int>,)*
+            pub mappings: Option<Mappings>,
+        }
+
+        impl Mappings {
+            /// # Safety
+            /// `library` is the driver's.
+            unsafe fn load(library: *mut c_void) -> Option<Mappings> {
+                // SAFETY: as in `Api::load`.
+                unsafe { Some(Mappings { $($part: symbol(library, concat!(stringify!($part), "\0"))?,)* }) }
+            }
         }
 
         impl Api {
@@ -48,6 +69,7 @@ macro_rules! functions {
                             None => bail!(RS_ERR_UNSUPPORTED, "the CUDA driver has no {}: its release is too old", stringify!($name)),
                         },)*
                         $($maybe: symbol(library, concat!(stringify!($maybe), "\0")),)*
+                        mappings: Mappings::load(library),
                     })
                 }
             }
@@ -107,6 +129,17 @@ functions! {
         cuStreamWriteValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
         cuStreamWaitValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
     }
+    mappings {
+        cuMemRetainAllocationHandle(*mut CUmemGenericAllocationHandle, *mut c_void);
+        cuMemExportToShareableHandle(*mut c_void, CUmemGenericAllocationHandle, c_uint, c_ulonglong);
+        cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, c_uint);
+        cuMemRelease(CUmemGenericAllocationHandle);
+        cuMemAddressReserve(*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong);
+        cuMemAddressFree(CUdeviceptr, usize);
+        cuMemMap(CUdeviceptr, usize, usize, CUmemGenericAllocationHandle, c_ulonglong);
+        cuMemUnmap(CUdeviceptr, usize);
+        cuMemSetAccess(CUdeviceptr, usize, *const CUmemAccessDesc, usize);
+    }
 }
 
 /// A library as the process has it loaded; where it has not, it is loaded if `load` says so. It stays loaded. NULL: there is none.
@@ -158,7 +191,11 @@ fn load() -> Result<Api> {
                  from the NVIDIA container toolkit"
             );
         }
-        Api::load(library)
+        Api::load(library).inspect(|api| {
+            if api.mappings.is_none() {
+                log::info!("the CUDA driver does not share memory that is mapped piece by piece: its release is too old");
+            }
+        })
     }
 }
 

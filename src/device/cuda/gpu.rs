@@ -1,9 +1,9 @@
 //! One GPU: its primary context, our kernel and our stream in it, and the driver's calls as functions that fail with a text.
 
 use super::api::{Api, CAPTURE_IMPLICIT, NOT_READY, PEER_ACCESS_ALREADY_ENABLED, api};
-use super::ipc::Opened;
+use super::ipc::{Key, Opened};
 use crate::abi::*;
-use crate::device::{HANDLE, Stream};
+use crate::device::Stream;
 use crate::error::{Result, bail};
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUmodule, CUstream, CUuuid};
 use std::ffi::{c_int, c_uint, c_void};
@@ -50,8 +50,8 @@ pub struct Gpu {
     pub host_addresses: bool,
     /// How streams write and wait for words of host memory, if they can.
     pub words: Option<[WordFn; 2]>,
-    /// Allocations of other processes that are open, by their handles.
-    pub imported: Mutex<Vec<([u8; HANDLE], Weak<Opened>)>>,
+    /// Allocations of other processes that are open.
+    pub imported: Mutex<Vec<(Key, Weak<Opened>)>>,
 }
 
 // SAFETY: the driver's handles may be used by any thread, several at once; each use makes the context current first.

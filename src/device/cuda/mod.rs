@@ -15,6 +15,7 @@ mod gpu;
 mod ipc;
 mod lists;
 mod own;
+mod pieces;
 
 use super::{Batch, Copies, Device, Event, Export, Imported, Job, Mem, OwnStream, Prepare, Registered, Signals, Stream};
 use crate::abi::*;
