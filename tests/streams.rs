@@ -10,7 +10,7 @@ mod oracle;
 use cudarc::driver::sys;
 use fastrand::Rng;
 use oracle::gpu::{self, Block};
-use oracle::library::{Container, Failure};
+use oracle::library::{Comm, Container, Failure};
 use oracle::model::Case;
 use oracle::nccl::{self, Maker};
 use oracle::small::{two_alone, two_ranks};
@@ -354,8 +354,17 @@ fn a_graph_repeats_what_stays_on_each_rank() {
             }
             world.compare(&expected).unwrap();
         }
-        // Between replays, syncs go on.
+        // Between replays, syncs go on; and when one has failed, replays do.
         world.sync(7, None).unwrap();
+        world.containers[0].timeout_ms = 200;
+        assert_eq!(world.containers[0].sync(8, None).unwrap_err().status, RS_ERR_TIMEOUT, "rank 1 does not come");
+        world.publish(9);
+        let expected = world.expected(&[true; 2], 9);
+        for (c, &graph) in world.containers.iter().zip(&graphs) {
+            // SAFETY: a live graph and a live stream.
+            gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuGraphLaunch(graph, stream(c)) } as u32, 0));
+        }
+        world.compare(&expected).unwrap();
         for (c, &graph) in world.containers.iter().zip(&graphs) {
             // SAFETY: destroyed once.
             gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuGraphExecDestroy(graph) } as u32, 0));
@@ -436,4 +445,86 @@ fn an_error_of_nccls_is_heard_while_streams_stand_still() {
     world.renew().unwrap();
     world.sync(3, None).unwrap();
     world.close().unwrap();
+}
+
+/// Another stream of a rank's GPU, which goes with the process.
+fn other_stream(container: &Container) -> *mut c_void {
+    let mut stream = std::ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+    // SAFETY: writes its one result.
+    gpu::on(container.gpu.expect("weights on a GPU"), || assert_eq!(unsafe { sys::cuStreamCreate(&mut stream, flags) } as u32, 0));
+    stream.cast()
+}
+
+/// Waits for a stream, and ends one of the test's own.
+fn end_stream(container: &Container, stream: *mut c_void, own: bool) {
+    gpu::on(container.gpu.expect("weights on a GPU"), || {
+        // SAFETY: a live stream, ended once.
+        unsafe {
+            assert_eq!(sys::cuStreamSynchronize(stream.cast()) as u32, 0);
+            if own {
+                assert_eq!(sys::cuStreamDestroy_v2(stream.cast()) as u32, 0);
+            }
+        }
+    });
+}
+
+/// A refused sync leaves words to be written on a stream that stands still: they outlive the container, and do not undo later ones.
+#[test]
+fn what_a_refused_sync_leaves_does_no_harm() {
+    let Some(_alone) = alone() else { return };
+    let case = two_ranks();
+    for wire in [Wire::Loopback, Wire::Local(0)] {
+        let mut world = at_work(&case, wire);
+        let mut gate = Gate::on(&world.containers[0]);
+        assert!(world.all(|r, c| c.start(2 + r as u64, None)).iter().all(Result::is_err), "two versions");
+        // The next sync is on another stream, and must not wait for ever for what the first one says late.
+        let (first, second) = (world.containers[0].stream, other_stream(&world.containers[0]));
+        world.containers[0].stream = second;
+        let mut late = Gate::on(&world.containers[1]);
+        start(&mut world, 5);
+        gate.open();
+        end_stream(&world.containers[0], first, false);
+        late.open();
+        ends(&mut world, Duration::from_secs(20)).into_iter().for_each(|answer| answer.unwrap());
+        end_stream(&world.containers[0], second, true);
+        world.containers[0].stream = first;
+        // Refused once more, then all is gone before the stream comes to it.
+        let mut gate = Gate::on(&world.containers[0]);
+        assert!(world.all(|r, c| c.start(6 + r as u64, None)).iter().all(Result::is_err), "two versions");
+        world.containers[0].set_comm(&Comm::loopback(77_777, 0, 2).unwrap()).unwrap();
+        gate.open();
+        end_stream(&world.containers[0], first, false);
+        world.containers.clear();
+        world.close().unwrap();
+    }
+}
+
+/// What a stuck sync writes when its stream goes on comes before the next sync, not over it.
+#[test]
+fn a_stuck_sync_does_not_overtake_a_later_one() {
+    let Some(_alone) = alone() else { return };
+    let (case, before) = (two_ranks(), live());
+    let mut world = at_work(&case, Wire::Loopback);
+    world.publish(2);
+    world.memories[0].bytes();
+    let (own, stuck) = (world.containers[1].stream, other_stream(&world.containers[1]));
+    world.containers[1].stream = stuck;
+    let mut gate = Gate::on(&world.containers[1]);
+    world.containers.iter_mut().for_each(|c| c.timeout_ms = 200);
+    start(&mut world, 2);
+    assert!(ends(&mut world, Duration::from_secs(9)).iter().all(Result::is_err));
+    world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
+    world.renew().unwrap();
+    world.containers[1].stream = own;
+    world.publish(3);
+    let expected = world.expected(&[true; 2], 3);
+    start(&mut world, 3);
+    gate.open();
+    ends(&mut world, Duration::from_secs(20)).into_iter().for_each(|answer| answer.unwrap());
+    end_stream(&world.containers[1], stuck, true);
+    world.compare(&expected).unwrap();
+    world.close().unwrap();
+    drop(gate);
+    assert_eq!(live(), before, "something is left");
 }

@@ -25,6 +25,7 @@ use crate::device::{Export, Mem, Stream};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
 use page::Page;
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -122,6 +123,9 @@ pub trait Later: Sync {
     fn ended(&self, deadline: Deadline) -> Result<Option<Vec<u8>>>;
 }
 
+/// What keeps something there while it lives.
+pub type Kept = Arc<dyn Any + Send + Sync>;
+
 /// How a reader reaches one block of memory of an owner. Both ends of a pair know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -180,8 +184,9 @@ pub trait Windows: Sync {
     /// Tells each reader in `offers` which blocks of ours it may read, and learns what each of `owners` lets us read. Both lists are
     /// sorted by rank; a rank is in one's `offers` exactly where it has us in its `owners`. Windows of an earlier exchange end.
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened>;
-    /// All of the shared memory that a mapped block of host memory lies in, if it does, as a device can register it.
-    fn mapping(&self, _block: Mem) -> Result<Option<Mem>> {
+    /// All of the shared memory that a mapped block of host memory lies in, if it does, as a device can register it; mapped as long as
+    /// the second part lives.
+    fn mapping(&self, _block: Mem) -> Result<Option<(Mem, Kept)>> {
         Ok(None)
     }
     /// Gives each of `peers`, which are sorted and ask for the same, so many words of this rank: its own page, then those of the peers.

@@ -1,11 +1,11 @@
 //! What ranks agree on before they plan, and the plan.
 #![forbid(unsafe_code)]
 
-use super::flight::Turn;
+use super::flight::{Stuck, Turn};
 use super::sync::give_up;
 use super::{Container, FromSpec, Phase, held};
 use crate::abi::*;
-use crate::comm::{Access, Comm, Deadline, Group, Window, Windows};
+use crate::comm::{Access, Comm, Deadline, Group, Kept, Window, Windows};
 use crate::device::Copies;
 use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::{Batches, Places};
@@ -17,7 +17,6 @@ use crate::plan::{PLANNER_VERSION, Peer, Place, Plan, closed};
 use crate::preset::variant::Variants;
 use crate::preset::world::World;
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
-use std::any::Any;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
@@ -51,6 +50,10 @@ pub(super) struct Connected {
     pub alone: bool,
     /// Words that streams wait for, where ranks read each other's memory.
     pub signs: Option<Signs>,
+    /// What a refused sync has left on a stream: a write of words.
+    pub tail: Option<Stuck>,
+    /// Whether a graph repeats the copies.
+    pub captured: bool,
     /// Syncs so far whose header was gathered: equal on all ranks.
     pub number: u64,
     pub links: Links,
@@ -91,16 +94,14 @@ pub(super) struct Links {
     pub kept: Vec<Kept>,
 }
 
-/// See `device::Imported`.
-type Kept = Arc<dyn Any + Send + Sync>;
-
 impl Container {
     /// Collective: agrees, exchanges tables, plans. Also after a failure, with a communicator that works.
     pub fn connect(&mut self) -> Result<()> {
         self.settled()?;
         let comm = self.comm()?;
         let _turn = Turn::take(&comm)?;
-        self.phase = Phase::Created;
+        self.disconnect(Phase::Created);
+        self.graphs.clear();
         self.control.started();
         let begun = Instant::now();
         let result = self.agree(&*comm, Deadline::after(self.timeout));
@@ -207,6 +208,8 @@ impl Container {
             streams: records.iter().any(|r| r.streams[0]) && !records.iter().any(|r| r.streams[1]),
             alone: peers == 0,
             signs: None,
+            tail: None,
+            captured: false,
             number: 0,
             links: Links::default(),
             ready: Ready::default(),
@@ -390,8 +393,9 @@ impl Container {
             Window::Mapped(mem) => {
                 let (kind, id) = mem.kind();
                 let shared = if kind == RS_DEVICE_CPU && self.device.id().0 != kind { windows.mapping(*mem)? } else { None };
-                if let Some(shared) = shared {
-                    kept.push(self.device.register(shared)?);
+                if let Some((shared, mapping)) = shared {
+                    // In this order: what is pinned goes before the mapping does.
+                    kept.push(Arc::new((self.device.register(shared)?, mapping)));
                     return Ok(());
                 }
                 // Of another device of that type perhaps.

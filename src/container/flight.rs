@@ -63,11 +63,42 @@ pub(super) enum Step {
     },
 }
 
-/// Something that does not end in time.
+/// Something on a stream that nobody waits for.
 pub(super) struct Stuck {
     device: Arc<dyn Device>,
     /// Its end, if that can be seen at all.
     end: Option<Event>,
+}
+
+impl Stuck {
+    /// All that is on the stream so far.
+    pub fn on(device: &Arc<dyn Device>, stream: Stream) -> Stuck {
+        let end = device.record(stream).or_else(|_| device.record(stream)).ok();
+        Stuck { device: device.clone(), end }
+    }
+
+    /// The same where that mark does not tell.
+    fn unseen(mut self) -> Stuck {
+        self.end.take().into_iter().for_each(|end| self.device.forget(end));
+        self
+    }
+
+    /// Whether it is known to be over.
+    pub fn over(&self) -> bool {
+        self.end.as_ref().is_some_and(|end| self.device.query(end) == Ok(true))
+    }
+
+    /// Lets what is started later on the stream wait for it.
+    pub fn before(&self, stream: Stream) -> Result<()> {
+        match &self.end {
+            Some(end) => self.device.wait(stream, end),
+            None => Err(err!(
+                RS_ERR_STATE,
+                "{} may still be busy with a failed sync, and cannot be asked: destroy the container, and reset the device if need be",
+                self.device.name()
+            )),
+        }
+    }
 }
 
 impl Drop for Stuck {
@@ -86,15 +117,23 @@ pub(super) struct Wreck {
 
 impl Wreck {
     pub fn new(stuck: Stuck, connected: Box<Connected>) -> Wreck {
-        log::warn!("{} does not finish a failed sync: the memory that it uses is kept", stuck.device.name());
+        log::warn!("{} has not finished what was put on a stream: the memory that it uses is kept", stuck.device.name());
         Wreck { stuck, connected: Some(connected) }
+    }
+
+    /// See [`Stuck`].
+    pub fn stuck(&self) -> &Stuck {
+        &self.stuck
     }
 }
 
 impl Drop for Wreck {
     fn drop(&mut self) {
-        if !self.stuck.end.as_ref().is_some_and(|end| self.stuck.device.query(end) == Ok(true)) {
-            log::warn!("{} has not finished a failed sync: the memory that it uses is left where it is", self.stuck.device.name());
+        if !self.stuck.over() {
+            log::warn!(
+                "{} is not through with a stream: the memory that is used there is left where it is",
+                self.stuck.device.name()
+            );
             std::mem::forget(self.connected.take());
         }
     }
@@ -214,7 +253,8 @@ impl Flight {
         }
         let (error, landed) = (error.clone(), *landed);
         let end = self.end.take();
-        let stuck = (!over).then(|| Stuck { device: self.device.clone(), end: if idle { end } else { None } });
+        let stuck = (!over).then(|| Stuck { device: self.device.clone(), end });
+        let stuck = stuck.map(|s| if idle { s } else { s.unseen() });
         Step::Failed { error, landed, stuck }
     }
 

@@ -110,6 +110,8 @@ pub struct Container {
     broken: Mutex<Option<Broken>>,
     /// What stuck syncs use.
     wrecks: Vec<Wreck>,
+    /// What graphs use that have captured syncs of connections that failed.
+    graphs: Vec<Box<Connected>>,
 }
 
 /// The end of a connection.
@@ -152,6 +154,7 @@ impl Container {
             flight: Mutex::default(),
             broken: Mutex::default(),
             wrecks: vec![],
+            graphs: vec![],
         })
     }
 
@@ -168,7 +171,7 @@ impl Container {
     /// Another communicator; the next call must be [`Container::connect`].
     pub fn set_comm(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
         self.settled()?;
-        self.phase = Phase::Created;
+        self.disconnect(Phase::Created);
         self.imported.clear();
         self.control.set_comm(Some(comm.clone()));
         self.comm = Some(comm);
@@ -195,7 +198,7 @@ impl Container {
             bail!(RS_ERR_MISMATCH, "the table of rank {rank} is not the one that this rank has");
         }
         self.imported.insert(rank, (digest, table));
-        self.phase = Phase::Created;
+        self.disconnect(Phase::Created);
         Ok(())
     }
 
@@ -216,8 +219,9 @@ impl Container {
         let moved = device.id() != self.device.id();
         if moved || !self.layout.same_boxes(&layout) || digest(&self.spec) != digest(&spec) {
             self.imported.clear();
-            self.phase = Phase::Created;
+            self.disconnect(Phase::Created);
         }
+        self.graphs.clear();
         *held(&mut self.params) = params;
         self.binding += 1;
         (self.device, self.layout, self.mems, self.spec, self.local) = (device, layout, mems, spec, local);
@@ -297,6 +301,10 @@ impl Drop for Container {
             }
         }
         self.break_off();
+        // While all that they use is there.
+        self.disconnect(Phase::Created);
+        self.graphs.clear();
+        self.wrecks.clear();
     }
 }
 

@@ -117,9 +117,26 @@ impl Container {
     /// Ends the connection, if it broke.
     pub(super) fn break_off(&mut self) {
         let Some(Broken { why, stuck }) = held(&mut self.broken).take() else { return };
-        if let (Phase::Connected(c), Some(stuck)) = (std::mem::replace(&mut self.phase, Phase::Failed(why)), stuck) {
-            self.wrecks.push(Wreck::new(stuck, c));
+        if let (Phase::Connected(c), Some(stuck)) = (&mut self.phase, stuck) {
+            c.tail = Some(stuck);
         }
+        self.disconnect(Phase::Failed(why));
+    }
+
+    /// Leaves a connection; what streams or graphs still use of it stays.
+    pub(super) fn disconnect(&mut self, next: Phase) {
+        self.wrecks.retain(|wreck| !wreck.stuck().over());
+        let Phase::Connected(mut c) = std::mem::replace(&mut self.phase, next) else { return };
+        match c.tail.take().filter(|tail| !tail.over()) {
+            Some(tail) => self.wrecks.push(Wreck::new(tail, c)),
+            None if c.captured => self.graphs.push(c),
+            None => {}
+        }
+    }
+
+    /// Lets the stream come behind what earlier syncs have left on others.
+    fn behind(&self, c: &Connected, stream: Stream) -> Result<()> {
+        self.wrecks.iter().map(Wreck::stuck).chain(&c.tail).filter(|left| !left.over()).try_for_each(|left| left.before(stream))
     }
 
     /// Figures of a sync that every rank has landed.
@@ -140,18 +157,23 @@ impl Container {
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
         c.number += 1;
         let captured = self.capturing(c, request);
-        let ready = captured.as_ref().map(|_| ()).map_err(Error::clone);
+        let ready = captured.clone().and_then(|_| self.behind(c, request.stream));
         // Before the header: whoever has that, may let its stream wait for ours.
         let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
         let subset = ready.and_then(|()| self.subset(c, request));
         let header = self.header(c, request, &subset);
         let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
+        // A stream that was refused has nothing of ours.
+        let taken = captured.is_ok();
         flight.captured = captured.unwrap_or(false);
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
         let headers = gather(&**comm, &header, deadline).map_err(fatal);
         let agreed = headers.and_then(|h| subset.and_then(|s| compare(comm.rank(), &h, &header).map(|()| (h, s))));
         let put = match agreed {
             Err(e) if e.status() > RS_ERR_TIMEOUT => {
+                if taken && c.signs.is_some() {
+                    c.tail = Some(Stuck::on(&self.device, request.stream));
+                }
                 let refused = Err(e);
                 self.ended(request.version, &refused, None);
                 return refused;
@@ -159,6 +181,8 @@ impl Container {
             Err(e) => Err(e),
             Ok((headers, subset)) => {
                 flight.subset = subset;
+                c.tail = None;
+                c.captured |= flight.captured;
                 self.take_off(c, &headers, &mut flight)
             }
         };
@@ -167,7 +191,7 @@ impl Container {
             self.control.took_off();
             return Ok(());
         };
-        if flight.end.is_none() && !flight.captured {
+        if flight.end.is_none() && taken && !flight.captured {
             let mut end = self.device.record(request.stream);
             if end.is_err() {
                 end = self.device.record(request.stream);
@@ -253,7 +277,7 @@ impl Container {
         let begun = Instant::now();
         let deadline = Deadline::after(request.timeout.unwrap_or(self.timeout));
         // What the caller's stream still does to the sources, others must not read.
-        let ready = self.capturing(c, request);
+        let ready = self.capturing(c, request).and_then(|_| self.behind(c, request.stream));
         let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));
         let subset = ready.and_then(|()| self.subset(c, request));
         let mine = self.header(c, request, &subset);

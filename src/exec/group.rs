@@ -17,6 +17,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+/// So many rounds are put on streams before the first of them must be done: a stream that stands still takes about a thousand calls,
+/// then the next one waits for it, past every deadline.
+const AHEAD: usize = 64;
+
 /// Most operations in one group.
 const GROUP_LIMIT: usize = 4096;
 
@@ -105,6 +109,9 @@ impl Rounds {
             if let Some([sent, unpacked]) = if round < 2 { None } else { before.pop_front() } {
                 sent.before(pack)?;
                 unpacked.before(wire)?;
+            }
+            if let (0, Some([sent, _])) = (round % AHEAD, before.front()) {
+                sent.event.iter().try_for_each(|event| run.reach(event))?;
             }
             packing.start(pack)?;
             order(device, pack, wire)?;

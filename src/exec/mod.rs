@@ -17,7 +17,7 @@ pub mod work;
 
 use crate::abi::{RS_DEVICE_CPU, RS_ERR_DEVICE, RS_ERR_INTERNAL, RS_ERR_MEMORY};
 use crate::comm::{Comm, Deadline, Window, Windows};
-use crate::device::{Copies, Device, Job, Mem, Stream};
+use crate::device::{Copies, Device, Event, Job, Mem, Stream};
 use crate::error::{Result, err};
 use batches::{Batches, Places};
 use signs::Signs;
@@ -111,6 +111,12 @@ impl Run<'_> {
 
     fn settle(&self) -> Result<()> {
         settle(&**self.device, self.stream, self.comm, self.deadline)
+    }
+
+    /// Returns when the device has come to a mark.
+    fn reach(&self, mark: &Event) -> Result<()> {
+        let what = || format!("the stream of {}, which takes no more before it has done some", self.device.name());
+        until(&**self.device, mark, || self.comm.sound().and_then(|()| self.deadline.check(what)))
     }
 
     /// Returns when the device has done all that was started, dead peers or not; a device that does not within the deadline and
@@ -299,19 +305,17 @@ pub fn settle(device: &dyn Device, stream: Stream, comm: &dyn Comm, deadline: De
 
 fn until_done(device: &dyn Device, stream: Stream, wait_on: impl Fn() -> Result<()>) -> Result<()> {
     let event = device.record(stream)?;
-    let waited = loop {
-        match device.query(&event) {
-            Ok(true) => break Ok(()),
-            Ok(false) => {}
-            Err(e) => break Err(e),
-        }
-        if let Err(e) = wait_on() {
-            break Err(e);
-        }
-        std::thread::sleep(Duration::from_micros(20));
-    };
+    let waited = until(device, &event, wait_on);
     device.forget(event);
     waited
+}
+
+fn until(device: &dyn Device, event: &Event, wait_on: impl Fn() -> Result<()>) -> Result<()> {
+    while !device.query(event)? {
+        wait_on()?;
+        std::thread::sleep(Duration::from_micros(20));
+    }
+    Ok(())
 }
 
 /// A place in a pair's two lists of messages.

@@ -99,7 +99,11 @@ impl Shared {
         }
         if self.control.flying() {
             let _label = logger::labelled(&self.label);
-            let Ok(_polling) = self.polling.try_lock() else { return Ok(false) };
+            let _polling = match self.polling.try_lock() {
+                Ok(polling) => polling,
+                Err(TryLockError::WouldBlock) => return Ok(false),
+                Err(TryLockError::Poisoned(_)) => return Err(self.named(broken())),
+            };
             return match self.inner.try_read() {
                 Ok(named) => named.container.poll().map_err(|e| self.named(e)),
                 // Inside is somebody who will be told that a sync is in progress.

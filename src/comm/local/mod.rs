@@ -19,7 +19,7 @@ mod vmread;
 mod windows;
 
 use super::page::Page;
-use super::{Comm, Deadline, Later, Opened, Pipe, Window, Windows};
+use super::{Comm, Deadline, Kept, Later, Opened, Pipe, Window, Windows};
 use crate::abi::*;
 use crate::device::Mem;
 use crate::error::{Result, err};
@@ -190,7 +190,7 @@ impl Windows for Local {
         windows::exchange(&self.mesh, &self.mapped, self.force, offers, owners, deadline)
     }
 
-    fn mapping(&self, block: Mem) -> Result<Option<Mem>> {
+    fn mapping(&self, block: Mem) -> Result<Option<(Mem, Kept)>> {
         self.mapped.whole(block)
     }
 

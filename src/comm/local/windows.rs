@@ -9,7 +9,7 @@ use super::socket::{Frame, Kind, Letter};
 use super::sys::Mapping;
 use super::{Force, vmread};
 use crate::abi::*;
-use crate::comm::{Access, Deadline, Opened, Window};
+use crate::comm::{Access, Deadline, Kept, Opened, Window};
 use crate::device::{self, Allocation, Export, Exports, HANDLE, Mem, Piece};
 use crate::error::{Error, Result, bail, err};
 use crate::geom::StridedCopy;
@@ -32,7 +32,7 @@ const LAST: u64 = 1 << 63;
 
 /// The segments of other ranks that this rank maps, with their owners.
 #[derive(Debug, Default)]
-pub struct Mapped(Mutex<Vec<(u32, Mapping)>>);
+pub struct Mapped(Mutex<Vec<(u32, Arc<Mapping>)>>);
 
 /// What one rank lets another read.
 #[derive(Default)]
@@ -251,12 +251,12 @@ impl Base {
 
 impl Mapped {
     /// The mapping that a block lies in, as a device can pin it.
-    pub fn whole(&self, block: Mem) -> Result<Option<Mem>> {
+    pub fn whole(&self, block: Mem) -> Result<Option<(Mem, Kept)>> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |m: &Mapping| m.addr() <= block.addr() && block.addr() + block.len() <= m.addr() + m.len();
         let Some((_, mapping)) = all.iter().find(|(_, m)| holds(m)) else { return Ok(None) };
         mapping.unlock().map_err(|e| err!(RS_ERR_MEMORY, "cannot make shared memory writable for a device: {e}"))?;
-        Ok(Some(Base(mapping.addr()).block(0, mapping.len())))
+        Ok(Some((Base(mapping.addr()).block(0, mapping.len()), mapping.clone())))
     }
 
     /// Keeps an owner's segments, those that were there already where they are; lets go what the owner has freed. Segments that are not
@@ -272,7 +272,7 @@ impl Mapped {
                     m.populate(b.place, b.len as usize, false);
                 }
                 let base = Base(m.addr());
-                all.push((owner, m));
+                all.push((owner, Arc::new(m)));
                 base
             }
         };

@@ -23,7 +23,7 @@ use cudarc::nccl::sys::{ncclComm_t, ncclUniqueId};
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Bytes gathered at once, of all ranks together.
@@ -48,8 +48,9 @@ pub struct NcclComm {
     failed: OnceLock<Error>,
     /// Whether NCCL may still put something on a stream.
     pending: AtomicBool,
-    /// Whether NCCL has let go of all that it was given.
-    aborted: AtomicBool,
+    /// Whether NCCL is asked to let go of all that it was given, and whether it has.
+    aborting: AtomicBool,
+    aborted: Arc<AtomicBool>,
     /// Serves one gather at a time; there until the drop.
     gather: Mutex<Option<Gather>>,
     taken: AtomicBool,
@@ -167,7 +168,8 @@ impl NcclComm {
             state: Mutex::new(State { comm, open: vec![], flight: None }),
             failed: OnceLock::new(),
             pending: AtomicBool::new(false),
-            aborted: AtomicBool::new(false),
+            aborting: AtomicBool::new(false),
+            aborted: Arc::default(),
             gather: Mutex::new(Some(gather)),
             taken: AtomicBool::new(false),
         })
@@ -184,23 +186,38 @@ impl NcclComm {
             // Without a look at the state: another thread may hold it for as long as the communicator blocks.
             return first.context("of the caller's NCCL communicator, which only its owner can abort");
         }
-        // Not under the lock: an abort may take its time.
         let comm = std::mem::replace(&mut self.state().comm, ptr::null_mut());
         if !comm.is_null() {
-            // SAFETY: ours alone, and used by nobody after this: the handle is gone.
-            unsafe { (self.nccl.ncclCommAbort)(comm) };
-            self.aborted.store(true, Ordering::Release);
+            self.aborting.store(true, Ordering::Release);
+            self.end(comm);
         }
         first
     }
 
+    /// Aborts a communicator of our own on a thread of its own: NCCL waits for what it has on streams, and so for whatever the caller has
+    /// there before.
+    fn end(&self, comm: ncclComm_t) {
+        let (nccl, aborted, comm) = (self.nccl, self.aborted.clone(), comm.expose_provenance());
+        let abort = move || {
+            // SAFETY: ours alone, and used by nobody after this: the handle is gone.
+            unsafe { (nccl.ncclCommAbort)(ptr::with_exposed_provenance_mut(comm)) };
+            aborted.store(true, Ordering::Release);
+        };
+        if let Err(e) = std::thread::Builder::new().name("reshard-abort".into()).spawn(abort) {
+            log::warn!("nccl: no thread to abort a communicator on ({e}): it is left as it is");
+        }
+    }
+
     /// Whether all that is on a stream ends within [`GRACE`].
     fn ends(&self, stream: Stream) -> bool {
-        if !self.idle() {
-            return false;
+        let deadline = Deadline::after(GRACE);
+        while !self.idle() {
+            if deadline.passed() {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(50));
         }
         let Ok(end) = self.gpu.record(stream) else { return false };
-        let deadline = Deadline::after(GRACE);
         let ended = loop {
             match self.gpu.query(&end) {
                 Ok(false) if !deadline.passed() => std::thread::sleep(Duration::from_micros(50)),
@@ -434,7 +451,10 @@ impl Group for NcclComm {
 
     fn idle(&self) -> bool {
         // Not by a question to NCCL: the owner of a borrowed communicator may have ended it.
-        self.aborted.load(Ordering::Acquire) || !self.pending.load(Ordering::Relaxed)
+        match self.aborting.load(Ordering::Acquire) {
+            true => self.aborted.load(Ordering::Acquire),
+            false => !self.pending.load(Ordering::Relaxed),
+        }
     }
 
     fn poll(&self) -> Result<bool> {

@@ -23,6 +23,9 @@ pub const BLOCK: u32 = 256;
 /// Contiguous moves of so many bytes are left to the driver's memcpy: they take long enough to hide what a call more costs.
 const LARGE: u64 = 16 << 20;
 
+/// So many of a list, and no more: a stream that stands still takes about a thousand calls, then the next one waits for it.
+const MOST_COPIES: usize = 64;
+
 /// Bytes of the kernel's widest access.
 const UNIT: u64 = 16;
 /// A tile is so many rows, along `d`, of so many bytes along `s`.
@@ -70,7 +73,8 @@ impl Descriptors {
             if copy.bytes() == 0 {
                 continue;
             }
-            if copy.axes.is_empty() && copy.convert.is_none() && copy.run >= LARGE {
+            let large = copy.axes.is_empty() && copy.convert.is_none() && copy.run >= LARGE;
+            if large && out.copies.len() < MOST_COPIES {
                 out.copies.push((dst, src, copy.run));
             } else {
                 Piece::new(src, dst, copy).place(&mut descs);

@@ -101,6 +101,9 @@ impl Drop for Pinned {
     }
 }
 
+/// What is pinned. Held while something is pinned or let go, so that nobody finds it half done.
+static REGISTERED: Mutex<Vec<(Mem, Weak<RegisteredHost>)>> = Mutex::new(Vec::new());
+
 /// Host memory of others that all GPUs may use.
 pub struct RegisteredHost {
     gpu: Arc<Gpu>,
@@ -110,8 +113,7 @@ pub struct RegisteredHost {
 impl RegisteredHost {
     /// Pins it, unless it is: once for all who use it.
     pub fn shared(gpu: &Arc<Gpu>, mem: Mem) -> Result<Arc<RegisteredHost>> {
-        static ALL: Mutex<Vec<(Mem, Weak<RegisteredHost>)>> = Mutex::new(Vec::new());
-        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|known| known.1.strong_count() > 0);
         if let Some(known) = all.iter().find(|known| known.0 == mem).and_then(|known| known.1.upgrade()) {
             return Ok(known);
@@ -126,7 +128,7 @@ impl RegisteredHost {
             bail!(RS_ERR_UNSUPPORTED, "this GPU does not use registered host memory at the host's addresses");
         }
         let _current = gpu.current()?;
-        let portable = sys::CU_MEMHOSTREGISTER_PORTABLE;
+        let portable = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: memory of whoever made the `Mem`, there for as long as it is pinned.
         let answer = unsafe { (gpu.api.cuMemHostRegister_v2)(ptr::with_exposed_provenance_mut(mem.addr()), mem.len(), portable) };
         gpu.api.done("cuMemHostRegister", answer)?;
@@ -136,6 +138,7 @@ impl RegisteredHost {
 
 impl Drop for RegisteredHost {
     fn drop(&mut self) {
+        let _all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(_current) = self.gpu.current_again() {
             // SAFETY: pinned by `new`; whoever drops it knows that no stream uses it.
             unsafe { (self.gpu.api.cuMemHostUnregister)(ptr::with_exposed_provenance_mut(self.at)) };
