@@ -48,7 +48,7 @@
  *
  * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a
  * time. Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside
- * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG. A fork()ed child may not use a handle of its parent.
+ * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use a handle of its parent.
  *
  * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
@@ -56,12 +56,16 @@
  *
  * Streams. With weights on GPUs a sync is put on rs_sync_t.stream: behind what is there, which may still write the sources or read the
  * targets, and before what comes there next, which may read the targets and write the sources again. rs_sync_weights() asks the other
- * ranks, on the host, puts its work there and answers RS_IN_PROGRESS; it waits for no stream, device or context. The stream's end means that
- * this rank has landed. Then every rank calls rs_container_poll(), which does not wait, until it answers otherwise: RS_OK means that all
- * have landed. Until then no other call may change the container, nor use its communicator. Without polls nobody sees a deadline pass or
- * a peer die, and what then stands still on the stream goes on standing: poll, or set RS_CONFIG_WATCHDOG. On host memory, on a caller's
- * device (rs_device_t), with a caller's communicator (rs_comm_ops_t), and where streams cannot wait for words of memory (an old driver: the
- * log says so) the call returns when all is done. NULL is the device's default stream.
+ * ranks, on the host, puts its work there and answers RS_IN_PROGRESS. It does not wait for the stream, but for a place on it where there
+ * are hundreds of rounds, and for memory the first time after a rebind or with another `only`; never past its deadline. The stream's end
+ * means that this rank has landed, unless poll then answers an error: a sync that fails lets its streams go on, over torn targets. Every
+ * rank calls rs_container_poll(), which does not wait, until it answers otherwise, within the sync's timeout: RS_OK means that all have
+ * landed. Until then no other call may change the container, nor use its communicator. Without polls nobody sees a deadline pass or
+ * a peer die, and what then stands still on the stream goes on standing: poll, or set RS_CONFIG_WATCHDOG. With NCCL do not wait for the
+ * whole device (cudaDeviceSynchronize(), cudaFree()) between polls: a little kernel on it waits for the polls of other ranks. Where any
+ * rank has weights in host memory that no GPU copies, or a caller's device (rs_device_t), with a caller's communicator (rs_comm_ops_t),
+ * and where streams cannot wait for words of memory (an old driver: the log says so), the call returns when all is done, on all ranks.
+ * NULL is the device's default stream.
  *
  * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container
  * is given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
@@ -712,7 +716,7 @@ rs_status_t rs_container_export(const rs_container_t *container, void *buf, size
  * the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
  *
  * Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
- * RS_ERR_STATE (no communicator yet, or a world spec), RS_ERR_BUSY.
+ * RS_ERR_STATE (no communicator yet, a world spec, or a sync in progress), RS_ERR_BUSY.
  */
 rs_status_t rs_container_import(rs_container_t *container, const void *blob, size_t len);
 
@@ -724,7 +728,7 @@ rs_status_t rs_container_import(rs_container_t *container, const void *blob, siz
  * rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
  * the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
  *
- * Errors: as rs_container_create(), and RS_ERR_BUSY. After an error the former layout holds.
+ * Errors: as rs_container_create(), RS_ERR_BUSY, and RS_ERR_STATE (a sync is in progress). After an error the former layout holds.
  */
 rs_status_t rs_container_rebind(rs_container_t *container, const rs_layout_t *layout, const rs_preset_t *preset);
 
@@ -732,7 +736,7 @@ rs_status_t rs_container_rebind(rs_container_t *container, const rs_layout_t *la
  * Gives the container a communicator: its first, or another one after a failure. The container takes a reference of its own and
  * gives the former back; rs_container_connect() follows.
  *
- * Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY.
+ * Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY, RS_ERR_STATE (a sync is in progress).
  */
 rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
 
@@ -744,7 +748,8 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  *
  * While it runs, no source may be written and no target read, but by what comes behind it on its stream. When it has ended, whatever the
  * answer, no rank reads this rank's sources any more, and nothing of it is on this rank's streams. (After a failure that takes up to 6
- * seconds beyond the deadline: GPUs finish what they began. What they have not finished by then is theirs until they do.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+ * seconds beyond the deadline: GPUs finish what they began. One whose stream has not come that far by then, because of what its caller has
+ * there, may still read and write weights later: do not free them before the streams of all ranks have ended.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
  * written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
  * succeeds.
  *
@@ -754,7 +759,7 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  *
  * A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else RS_ERR_UNSUPPORTED), on all
  * ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
- * copies, until this container is rebound, connected or destroyed; it asks nobody, and changes no parameter's state or version.
+ * copies, until this container is rebound, connected or destroyed, whatever syncs do; it asks nobody, and changes no parameter's state or version.
  *
  * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; or a sync is in progress: poll), RS_ERR_NOT_FOUND (an entry
  * of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
@@ -817,7 +822,7 @@ rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what
  * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
  *
  * The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on all
- * ranks, and what GPUs have begun of it is waited for, at most 6 seconds.
+ * ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then).
  */
 void rs_container_destroy(rs_container_t *container);
 

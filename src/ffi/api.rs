@@ -82,7 +82,7 @@ pub unsafe extern "C" fn rs_container_export(
 /// the others' tables, connect exchanges none. A new communicator, or other boxes, forgets them.
 ///
 /// Local. Errors: RS_ERR_INVALID (bytes that are not such tables), RS_ERR_MISMATCH (of another version of this library),
-/// RS_ERR_STATE (no communicator yet, or a world spec), RS_ERR_BUSY.
+/// RS_ERR_STATE (no communicator yet, a world spec, or a sync in progress), RS_ERR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_import(container: *mut rs_container_t, blob: *const c_void, len: usize) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -99,7 +99,7 @@ pub unsafe extern "C" fn rs_container_import(container: *mut rs_container_t, blo
 /// rs_container_connect() follows on every rank of the communicator, before any sync, also on ranks whose layout stays. A parameter of
 /// the same name at the same address keeps its state, others start over as RS_PARAM_INITIAL; but what lies in torn memory is torn.
 ///
-/// Errors: as rs_container_create(), and RS_ERR_BUSY. After an error the former layout holds.
+/// Errors: as rs_container_create(), RS_ERR_BUSY, and RS_ERR_STATE (a sync is in progress). After an error the former layout holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_rebind(
     container: *mut rs_container_t,
@@ -113,7 +113,7 @@ pub unsafe extern "C" fn rs_container_rebind(
 /// Gives the container a communicator: its first, or another one after a failure. The container takes a reference of its own and
 /// gives the former back; rs_container_connect() follows.
 ///
-/// Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY.
+/// Local. Errors: RS_ERR_INVALID, RS_ERR_BUSY, RS_ERR_STATE (a sync is in progress).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, comm: *mut rs_comm_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -130,7 +130,8 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 ///
 /// While it runs, no source may be written and no target read, but by what comes behind it on its stream. When it has ended, whatever the
 /// answer, no rank reads this rank's sources any more, and nothing of it is on this rank's streams. (After a failure that takes up to 6
-/// seconds beyond the deadline: GPUs finish what they began. What they have not finished by then is theirs until they do.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
+/// seconds beyond the deadline: GPUs finish what they began. One whose stream has not come that far by then, because of what its caller has
+/// there, may still read and write weights later: do not free them before the streams of all ranks have ended.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
 /// written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
 /// succeeds.
 ///
@@ -140,7 +141,7 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 ///
 /// A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else RS_ERR_UNSUPPORTED), on all
 /// ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
-/// copies, until this container is rebound, connected or destroyed; it asks nobody, and changes no parameter's state or version.
+/// copies, until this container is rebound, connected or destroyed, whatever syncs do; it asks nobody, and changes no parameter's state or version.
 ///
 /// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; or a sync is in progress: poll), RS_ERR_NOT_FOUND (an entry
 /// of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
@@ -233,7 +234,7 @@ pub unsafe extern "C" fn rs_container_describe(
 /// Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
 ///
 /// The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on all
-/// ranks, and what GPUs have begun of it is waited for, at most 6 seconds.
+/// ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
     // SAFETY: what the comment asks of the caller.

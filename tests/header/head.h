@@ -48,7 +48,7 @@
  *
  * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a
  * time. Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside
- * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG. A fork()ed child may not use a handle of its parent.
+ * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use a handle of its parent.
  *
  * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
@@ -56,12 +56,16 @@
  *
  * Streams. With weights on GPUs a sync is put on rs_sync_t.stream: behind what is there, which may still write the sources or read the
  * targets, and before what comes there next, which may read the targets and write the sources again. rs_sync_weights() asks the other
- * ranks, on the host, puts its work there and answers RS_IN_PROGRESS; it waits for no stream, device or context. The stream's end means that
- * this rank has landed. Then every rank calls rs_container_poll(), which does not wait, until it answers otherwise: RS_OK means that all
- * have landed. Until then no other call may change the container, nor use its communicator. Without polls nobody sees a deadline pass or
- * a peer die, and what then stands still on the stream goes on standing: poll, or set RS_CONFIG_WATCHDOG. On host memory, on a caller's
- * device (rs_device_t), with a caller's communicator (rs_comm_ops_t), and where streams cannot wait for words of memory (an old driver: the
- * log says so) the call returns when all is done. NULL is the device's default stream.
+ * ranks, on the host, puts its work there and answers RS_IN_PROGRESS. It does not wait for the stream, but for a place on it where there
+ * are hundreds of rounds, and for memory the first time after a rebind or with another `only`; never past its deadline. The stream's end
+ * means that this rank has landed, unless poll then answers an error: a sync that fails lets its streams go on, over torn targets. Every
+ * rank calls rs_container_poll(), which does not wait, until it answers otherwise, within the sync's timeout: RS_OK means that all have
+ * landed. Until then no other call may change the container, nor use its communicator. Without polls nobody sees a deadline pass or
+ * a peer die, and what then stands still on the stream goes on standing: poll, or set RS_CONFIG_WATCHDOG. With NCCL do not wait for the
+ * whole device (cudaDeviceSynchronize(), cudaFree()) between polls: a little kernel on it waits for the polls of other ranks. Where any
+ * rank has weights in host memory that no GPU copies, or a caller's device (rs_device_t), with a caller's communicator (rs_comm_ops_t),
+ * and where streams cannot wait for words of memory (an old driver: the log says so), the call returns when all is done, on all ranks.
+ * NULL is the device's default stream.
  *
  * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container
  * is given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
