@@ -111,7 +111,7 @@ pub struct Container {
     /// What stuck syncs use.
     wrecks: Vec<Wreck>,
     /// What graphs use that have captured syncs of connections that failed.
-    graphs: Vec<Box<Connected>>,
+    graphs: Vec<Connected>,
 }
 
 /// The end of a connection.
@@ -208,7 +208,7 @@ impl Container {
         self.settled()?;
         let mut device = self.device.clone();
         // Pinned memory is for the GPU that it names, though every GPU reaches it.
-        if self.own_device && (device.id() != home(mems.iter().map(|m| m.kind()))) {
+        if self.own_device && !mems.is_empty() && device.id() != home(mems.iter().map(|m| m.kind())) {
             device = own(&layout, &mems)?;
         }
         check_memory(&*device, &layout, &mems)?;

@@ -129,7 +129,7 @@ impl Container {
         let Phase::Connected(mut c) = std::mem::replace(&mut self.phase, next) else { return };
         match c.tail.take().filter(|tail| !tail.over()) {
             Some(tail) => self.wrecks.push(Wreck::new(tail, c)),
-            None if c.captured => self.graphs.push(c),
+            None if c.captured => self.graphs.push(*c),
             None => {}
         }
     }
