@@ -216,7 +216,7 @@ typedef int32_t rs_status_t;
 /** `rs_param_t.state`: whole here at `version`, but the sync ended without hearing from all ranks. */
 #define RS_PARAM_LANDED 2
 
-/** `rs_param_t.state`: a failed sync wrote a part of it. */
+/** `rs_param_t.state`: a failed sync wrote a part of it; its bytes may be of either version, or of none. */
 #define RS_PARAM_TORN 3
 
 /**

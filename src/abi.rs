@@ -101,7 +101,7 @@ pub const RS_PARAM_INITIAL: u32 = 0;
 pub const RS_PARAM_SYNCED: u32 = 1;
 /// `rs_param_t.state`: whole here at `version`, but the sync ended without hearing from all ranks.
 pub const RS_PARAM_LANDED: u32 = 2;
-/// `rs_param_t.state`: a failed sync wrote a part of it.
+/// `rs_param_t.state`: a failed sync wrote a part of it; its bytes may be of either version, or of none.
 pub const RS_PARAM_TORN: u32 = 3;
 
 /// `what` of rs_container_describe(): the plan (bytes by peer, moves, rounds, staging); with `param`: who sends each box of it. Of

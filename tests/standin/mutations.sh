@@ -87,6 +87,16 @@ mutation offset-added src/device/cuda/ipc.rs '(base + export.offset) as usize' '
 mutation stream-checked $gpu 'if context != self.context {' 'if false {'
 mutation memory-checked src/container/mod.rs 'device.reach(*mem).map_err(|e| e.context(format_args!("buffer '"'{}'"'", buffer.name)))?;' ''
 
+pieces=src/device/cuda/pieces.rs
+mutation pieces-unmapped $pieces 'unsafe { (calls.cuMemUnmap)(at, *len as usize) };' 'let _ = len;' standin cuda
+mutation pieces-freed $pieces 'unsafe { (calls.cuMemAddressFree)(base, bytes as usize) };' 'let _ = bytes;' standin cuda
+mutation pieces-accessible $pieces 'unsafe { (calls.cuMemSetAccess)(base, bytes as usize, &access, 1) })?;' '{ let _ = &access; 0 })?;' standin cuda
+mutation pieces-in-line $pieces 'at += len;
+    }
+    // Reading alone' 'at += 0 * len;
+    }
+    // Reading alone' standin cuda
+
 signs=src/exec/signs.rs
 mutation ready-waited $signs 'self.owners.iter().try_for_each(|(_, page)| self.signals()?.wait(stream, page.mem(ready(self.me)), number))' 'Ok(())'
 mutation readers-waited $signs 'self.readers.iter().try_for_each(|(_, page)| self.signals()?.wait(stream, page.mem(done(self.me)), number))' 'Ok(())' standin streams
