@@ -211,7 +211,10 @@ impl Flight {
         self.forget();
         // What is done may be so because somebody gave up.
         self.comm.sound()?;
-        signs.map_or(Ok(()), Signs::kept)?;
+        if let Err(gone) = signs.map_or(Ok(()), Signs::kept) {
+            // Why it gave up, it has told before it did: that is a moment away.
+            return if self.deadline.passed() { Err(gone) } else { Ok(()) };
+        }
         self.stage = Stage::Agreeing;
         self.later()?.begin(&self.header.encode())
     }

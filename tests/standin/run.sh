@@ -2,12 +2,12 @@
 # The library on GPUs, over the stand-in driver: what `tests/cuda.rs` says, and the property tests with all weights in GPUs' and pinned
 # memory, under several schedules, processes that share GPUs and die, and world specs by Python. Needs cargo, g++, python3 with venv.
 #
-# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (40). RESHARD_WORLDS: random world specs (150).
+# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (30). RESHARD_WORLDS: random world specs (150).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 seeds=${RESHARD_SEEDS:-20}
-export RESHARD_CASES=${RESHARD_CASES:-40} RESHARD_MEMORY=cuda
+export RESHARD_CASES=${RESHARD_CASES:-30} RESHARD_MEMORY=cuda
 
 # over FOLDER TEST ...: these tests with the driver in that folder.
 over() {
