@@ -136,7 +136,7 @@ nccl=src/comm/nccl/mod.rs
 mutation nccl-destroyed $nccl 'unsafe { (self.nccl.ncclCommDestroy)(state.comm) };' '' standin nccl
 mutation nccl-borrowed $nccl 'if !self.owned {' 'if false {' standin nccl
 mutation nccl-gather-freed $nccl 'self.gpu.free(gather.device);' 'let _ = gather.device;' standin nccl
-mutation nccl-error-asked $nccl 'answer => self.nccl.done("an earlier call of NCCL", answer).map_err(|e| self.fail(e)).map(|()| true),' '_ => Ok(true),' standin nccl
+mutation nccl-error-asked $nccl 'answer => self.nccl.done("an earlier call of NCCL", answer).map_err(|e| self.fail(e)).map(|()| true),' '_ => Ok(true),' standin streams
 
 printf '\n%d seen, %d not\n' "$red" "${#green[@]}"
 [ "${#green[@]}" -eq 0 ] && [ "$red" -gt 0 ]
