@@ -63,6 +63,11 @@ pub(super) enum Step {
     },
 }
 
+/// A mark behind all that is on a stream: once more where that fails, as it may with an error of earlier work.
+pub(super) fn mark(device: &dyn Device, stream: Stream) -> Option<Event> {
+    device.record(stream).or_else(|_| device.record(stream)).ok()
+}
+
 /// Something on a stream that nobody waits for.
 pub(super) struct Stuck {
     device: Arc<dyn Device>,
@@ -73,8 +78,7 @@ pub(super) struct Stuck {
 impl Stuck {
     /// All that is on the stream so far.
     pub fn on(device: &Arc<dyn Device>, stream: Stream) -> Stuck {
-        let end = device.record(stream).or_else(|_| device.record(stream)).ok();
-        Stuck { device: device.clone(), end }
+        Stuck { device: device.clone(), end: mark(&**device, stream) }
     }
 
     /// The same where that mark does not tell.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::connect::{Connected, Ready};
-use super::flight::{Flight, Step, Stuck, Turn, Wreck};
+use super::flight::{Flight, Step, Stuck, Turn, Wreck, mark};
 use super::{Broken, Container, Phase, Sync, held, lock};
 use crate::abi::*;
 use crate::comm::{Comm, Deadline};
@@ -192,12 +192,8 @@ impl Container {
             return Ok(());
         };
         if flight.end.is_none() && taken && !flight.captured {
-            let mut end = self.device.record(request.stream);
-            if end.is_err() {
-                end = self.device.record(request.stream);
-            }
-            flight.stuck |= end.is_err();
-            flight.end = end.ok();
+            flight.end = mark(&*self.device, request.stream);
+            flight.stuck |= flight.end.is_none();
         }
         flight.fail(error, c.signs.as_ref());
         let over = finish(&mut flight, c.signs.as_ref());

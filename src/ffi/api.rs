@@ -396,8 +396,8 @@ pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
 /// - out: the new communicator, the caller's to destroy.
 ///
 /// Weights on GPUs: GPUs of a pair are the same or peers. Memory of cudaMalloc() is opened by its readers. So is memory that was mapped of
-/// allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are from release
-/// 2.5 on; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the bus, pinned by
+/// allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are in recent
+/// releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the bus, pinned by
 /// its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such handles (that of vLLM's
 /// sleep mode), memory of pools, or other host memory: connect refuses it. Free, unmap or map anew what peers read only when their
 /// containers are destroyed, have been rebound and synced, or their processes have ended.

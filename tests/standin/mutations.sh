@@ -117,12 +117,12 @@ mutation end-forgotten src/container/flight.rs '            self.device.forget(e
 
 /// A connection' standin streams
 mutation turn-given-back src/container/flight.rs 'later.taken().store(false, Ordering::Release);' 'let _ = later;'
-mutation wreck-kept src/container/sync.rs 'self.wrecks.push(Wreck::new(stuck, c));' 'drop((stuck, c));' standin streams
+mutation wreck-kept src/container/sync.rs 'self.wrecks.push(Wreck::new(tail, c))' 'drop((tail, c))' standin streams
 mutation refused-kept src/container/sync.rs 'c.tail = Some(Stuck::on(&self.device, request.stream));' '' standin streams
 mutation behind-others src/container/sync.rs 'filter(|left| !left.over()).try_for_each(|left| left.before(stream))' 'try_for_each(|_| { let _ = stream; Ok(()) })' standin streams
 mutation graphs-kept src/container/sync.rs 'None if c.captured => self.graphs.push(*c),' '' standin streams
 mutation graphs-refused src/container/sync.rs 'if capturing && !(c.streams && c.alone) {' 'if false {' standin streams
-mutation host-pinned src/container/connect.rs 'kept.push(self.device.register(shared)?);' '' standin offload
+mutation host-pinned src/container/connect.rs 'kept.push(Arc::new((self.device.register(shared)?, mapping)));' 'drop((shared, mapping));' standin offload
 
 group=src/exec/group.rs
 mutation rounds-forked $group 'streams.iter().try_for_each(|&s| order(device, run.stream, s))' 'streams.iter().try_for_each(|_| Ok(()))'

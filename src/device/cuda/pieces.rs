@@ -85,7 +85,7 @@ pub fn piece(gpu: &Gpu, at: CUdeviceptr) -> Result<(CUdeviceptr, Piece)> {
         bail!(
             RS_ERR_UNSUPPORTED,
             "it was created without a handle that other processes can open: requestedHandleTypes is {:#x} and has to have \
-             CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR (PyTorch's expandable segments do from release 2.5 on, but for \
+             CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR (recent releases of PyTorch ask for it for their expandable segments, but for \
              TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=0); else use cudaMalloc(), or rs_comm_from_nccl() with a GPU \
              for each rank",
             place.handles
