@@ -13,7 +13,7 @@ use oracle::gpu::{self, Block};
 use oracle::library::{Comm, Container, Failure};
 use oracle::model::Case;
 use oracle::nccl::{self, Maker};
-use oracle::small::{two_alone, two_ranks};
+use oracle::small::{many_rounds, two_alone, two_ranks};
 use oracle::world::{self, Wire, World};
 use reshard::abi::*;
 use std::ffi::{c_int, c_void};
@@ -524,6 +524,36 @@ fn a_stuck_sync_does_not_overtake_a_later_one() {
     ends(&mut world, Duration::from_secs(20)).into_iter().for_each(|answer| answer.unwrap());
     end_stream(&world.containers[1], stuck, true);
     world.compare(&expected).unwrap();
+    world.close().unwrap();
+    drop(gate);
+    assert_eq!(live(), before, "something is left");
+}
+
+/// More rounds than a stream takes at once: the call waits for a place, and not past its deadline.
+#[test]
+fn many_rounds_wait_for_their_place() {
+    let Some(_alone) = alone() else { return };
+    if !nccl::usable() {
+        return;
+    }
+    let (case, before) = (many_rounds(), live());
+    let mut world = at_work(&case, Wire::Nccl(Maker::Library));
+    world.publish(2);
+    let mut gate = Gate::on(&world.containers[0]);
+    world.containers.iter_mut().for_each(|c| c.timeout_ms = 300);
+    let answers = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(1500));
+            gate.open();
+        });
+        world.all(|_, c| c.start(2, None))
+    });
+    let failure = answers[0].as_ref().expect_err("its stream stands still");
+    assert!(failure.status == RS_ERR_TIMEOUT && failure.text.contains("takes no more"), "{failure}");
+    ends(&mut world, Duration::from_secs(9)).into_iter().for_each(|answer| assert!(answer.is_err()));
+    world.containers.iter_mut().for_each(|c| c.timeout_ms = 0);
+    world.renew().unwrap();
+    world.sync(3, None).unwrap();
     world.close().unwrap();
     drop(gate);
     assert_eq!(live(), before, "something is left");

@@ -70,3 +70,26 @@ pub fn two_alone() -> Case {
     case.ranks = vec![both.clone(), both];
     case
 }
+
+/// A source and a target of one vector, which the least staging moves in about a hundred rounds.
+pub fn many_rounds() -> Case {
+    let dtype = rs_dtype_t { code: 4, bits: 16, lanes: 1 };
+    let n: i64 = 200_000;
+    let tensor = Tensor { name: "A".into(), shape: vec![n], dtype, target: dtype, transform: 0, seed: 1 };
+    let rank = |role: u32, step: i64| {
+        let bytes = (n * step) as usize * 2;
+        let name = "a".into();
+        let buffer = Buffer { name, role, padded: false, dtype, shape: vec![n], strides: vec![step], bytes, block: 0, at: 0 };
+        let (view, origin, extent, stride) = (vec![n], vec![0], vec![n], vec![step]);
+        let tile = Tile { tensor: 0, buffer: 0, transform: 0, byte_offset: 0, view, origin, extent, stride };
+        Rank {
+            blocks: vec![bytes],
+            listed: vec![0],
+            buffers: vec![buffer],
+            tiles: vec![tile],
+            staging: 16 << 10,
+            ..Rank::default()
+        }
+    };
+    Case { seed: 0, tensors: vec![tensor], ranks: vec![rank(RS_SOURCE, 2), rank(RS_TARGET, 1)] }
+}

@@ -287,6 +287,18 @@ fn large_moves_are_the_drivers() {
     assert!(Descriptors::of([(16, 16, &smaller)].into_iter()).copies.is_empty());
 }
 
+/// A stream takes only so many calls: of many large moves the kernel does the rest.
+#[test]
+fn few_moves_are_the_drivers() {
+    let copy = StridedCopy { src: 0, dst: 0, item: 1, run: LARGE, axes: smallvec![], convert: None };
+    let at = |i: u64| (i * 2 * LARGE, (i * 2 + 1) * LARGE);
+    let list = Descriptors::of((0..100).map(|i| (at(i).0, at(i).1, &copy)));
+    assert_eq!(list.copies.len(), 64);
+    let mut moved: Vec<_> = list.copies.iter().map(|&(dst, src, bytes)| (src, dst, bytes)).collect();
+    moved.extend(descs(&list).iter().map(|d| (d.src, d.dst, u64::from(d.items) * UNIT)));
+    assert_eq!(moved, (0..100).map(|i| (at(i).0, at(i).1, LARGE)).collect::<Vec<_>>());
+}
+
 #[test]
 fn nothing_to_do() {
     let empty = StridedCopy { src: 0, dst: 0, item: 1, run: 0, axes: smallvec![], convert: None };
