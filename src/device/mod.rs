@@ -101,6 +101,14 @@ pub trait Device: Send + Sync {
     fn import(&self, _export: &Export) -> Result<Imported> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot open memory of another process", self.name())
     }
+    /// The allocations, or their pieces, in which blocks of memory lie, as far as it tells them apart.
+    fn allocations(&self, _blocks: &[Mem]) -> Result<Vec<Held>> {
+        Ok(vec![])
+    }
+    /// The number of the allocation at an address; 0: there is none.
+    fn allocation(&self, _at: u64) -> Result<u64> {
+        Ok(0)
+    }
     /// Lets its streams use a block of host memory at the host's address, until what this gives is dropped.
     fn register(&self, _host: Mem) -> Result<Registered> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot use host memory", self.name())
@@ -208,6 +216,16 @@ pub struct Export {
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
+}
+
+/// An allocation in which blocks of memory lie.
+pub struct Held {
+    /// Where it, or a piece of it, begins.
+    pub at: u64,
+    /// Its number, which no other one of the process has had.
+    pub number: u64,
+    /// The first of the blocks that lies in it.
+    pub block: usize,
 }
 
 /// What other processes of the host need to open blocks of memory.

@@ -16,64 +16,18 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     return error;
 }
 
-static RegionPtr region_at(const Call &call, uint64_t address, const char *what) {
-    RegionPtr region = find_region(address);
-    if (!region || region->base != address) check_range(call, address, 1, what);
-    if (!region || region->base != address)
-        violation("UNKNOWN-MEMORY", "%s: 0x%llx lies within an allocation, it is not its start", call.name,
-                  (unsigned long long)address);
-    return region;
-}
-
 EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
     BEGIN_RELEASE;
     call.safe_in_capture();
     call.context();
     if (!address) return call.injected;
-    RegionPtr region = region_at(call, address, "frees");
+    RegionPtr region = start_of(call, address);
     if (region->kind != Kind::Device && region->kind != Kind::Pool)
         violation("UNKNOWN-MEMORY", "%s: 0x%llx was not allocated by this process's driver", call.name, address);
     if (region->freeing) violation("UNKNOWN-MEMORY", "%s: 0x%llx is being freed already", call.name, address);
     if (!region->allocated)
         violation("FREED-IN-USE", "%s: the host has not waited for the allocation of 0x%llx", call.name, address);
     release_region(call.name, region, true);
-    return call.injected;
-}
-
-// Pool memory: from its allocation's turn in the stream until its release's turn, for those ordered between them.
-EXPORT CUresult cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream handle) {
-    BEGIN;
-    StreamPtr stream = stream_of(call, handle);
-    call.not_capturing(stream); // graphs with allocations are not modelled
-    CUresult error;
-    RegionPtr region = device_alloc(stream->context, bytes, Kind::Pool, &error);
-    if (!region) return error;
-    region->allocated = false;
-    *address = region->base;
-    auto mark = [](Op &op) { op.note = std::make_shared<Note>(Note{op.note->what, op.note->stream, op.note->number, true}); };
-    enqueue(call, stream, call.name, [region](Running &running) {
-        region->allocated = true;
-        region->shadow.write(0, region->size, running.access, *running.clock);
-    }, mark);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
-    BEGIN_RELEASE;
-    StreamPtr stream = stream_of(call, handle);
-    call.not_capturing(stream); // graphs with allocations are not modelled
-    if (!address) return CUDA_ERROR_INVALID_VALUE;
-    RegionPtr region = region_at(call, address, "frees");
-    if (region->kind != Kind::Pool) return CUDA_ERROR_INVALID_VALUE;
-    if (region->freeing) violation("UNKNOWN-MEMORY", "%s: 0x%llx is being freed already", call.name, address);
-    region->freeing = true;
-    auto mark = [](Op &op) { op.note = std::make_shared<Note>(Note{op.note->what, op.note->stream, op.note->number, true}); };
-    enqueue(call, stream, call.name, [region](Running &running) {
-        if (!region->allocated)
-            violation("UNORDERED-USE", "%s before the memory's allocation", running.access.note->text().c_str());
-        region->shadow.write(0, region->size, running.access, *running.clock);
-        release_region("cuMemFreeAsync", region, false);
-    }, mark);
     return call.injected;
 }
 
@@ -111,7 +65,7 @@ EXPORT CUresult cuMemFreeHost(void *pointer) {
     BEGIN_RELEASE;
     call.safe_in_capture();
     call.context();
-    RegionPtr region = region_at(call, reinterpret_cast<uint64_t>(pointer), "frees");
+    RegionPtr region = start_of(call, reinterpret_cast<uint64_t>(pointer));
     if (region->kind != Kind::Pinned) violation("UNREGISTERED-HOST", "%s: %p is not the driver's host memory", call.name, pointer);
     release_region(call.name, region, true);
     munmap(pointer, region->size);
@@ -230,7 +184,7 @@ static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int w
     case 12: return give(region ? region->size : 0);
     case 13: return give(static_cast<unsigned>(region != nullptr));
     case 14: return give(static_cast<unsigned>(region && region->physical ? region->physical->types : 0));
-    case 17: return give(region && region->kind == Kind::Pool ? reinterpret_cast<uint64_t>(region->context->device) : 0ull);
+    case 17: return give(region && region->pool ? reinterpret_cast<uint64_t>(region->pool.get()) : 0ull);
     case 18: return give(mapping_of(region).second);
     case 19: return give(mapping_of(region).first);
     case 20: return give(region ? region->physical ? region->physical->id : region->id : 0);
@@ -251,63 +205,6 @@ EXPORT CUresult cuPointerGetAttributes(unsigned count, int *attributes, void **d
         CUresult error = attribute_of(region, address, attributes[each], data[each]);
         if (error && attributes[each] == 4) memset(data[each], 0, sizeof(void *));
         else if (error) return error;
-    }
-    return CUDA_SUCCESS;
-}
-
-// A pool's handle is its device's address.
-static Device *pool_of(const Call &call, CUmemoryPool pool) {
-    for (auto &device : state().devices)
-        if (reinterpret_cast<Device *>(pool) == device.get()) return device.get();
-    violation("BAD-HANDLE", "%s: %p is not a memory pool", call.name, static_cast<void *>(pool));
-}
-
-EXPORT CUresult cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice device) {
-    BEGIN;
-    if (!device_of(device)) return CUDA_ERROR_INVALID_DEVICE;
-    *pool = reinterpret_cast<CUmemoryPool>(device_of(device));
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuDeviceGetMemPool(CUmemoryPool *pool, CUdevice device) {
-    BEGIN;
-    if (!device_of(device)) return CUDA_ERROR_INVALID_DEVICE;
-    *pool = reinterpret_cast<CUmemoryPool>(device_of(device));
-    return CUDA_SUCCESS;
-}
-
-// Only the release threshold (4) can be set; it changes nothing here.
-EXPORT CUresult cuMemPoolSetAttribute(CUmemoryPool pool, int attribute, void *value) {
-    BEGIN;
-    Device *device = pool_of(call, pool);
-    if (attribute != 4) return CUDA_ERROR_INVALID_VALUE;
-    memcpy(&device->pool_threshold, value, 8);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuMemPoolGetAttribute(CUmemoryPool pool, int attribute, void *value) {
-    BEGIN;
-    Device *device = pool_of(call, pool);
-    if (attribute != 4) return CUDA_ERROR_INVALID_VALUE;
-    memcpy(value, &device->pool_threshold, 8);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuMemPoolTrimTo(CUmemoryPool pool, size_t) {
-    BEGIN;
-    pool_of(call, pool);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuMemPoolSetAccess(CUmemoryPool pool, const CUmemAccessDesc *list, size_t count) {
-    BEGIN;
-    Device *device = pool_of(call, pool);
-    for (size_t each = 0; each < count; each++) {
-        Device *peer = device_of(list[each].location.id);
-        if (list[each].location.type != 1 || !peer) return CUDA_ERROR_INVALID_VALUE;
-        if (!can_access(peer, device)) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
-        if (list[each].flags) device->pool_access.insert(peer);
-        else device->pool_access.erase(peer);
     }
     return CUDA_SUCCESS;
 }

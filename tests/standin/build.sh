@@ -46,7 +46,7 @@ if [[ $# -gt 0 ]]; then
     exit
 fi
 link target/standin ""
-link target/standin-old cuMemAllocAsync,cuMemFreeAsync,cuMemRetainAllocationHandle,cuStreamWaitValue64_v2,cuStreamWriteValue64_v2
+link target/standin-old cuMemAllocAsync,cuMemAllocFromPoolAsync,cuMemFreeAsync,cuMemRetainAllocationHandle,cuStreamWaitValue64_v2,cuStreamWriteValue64_v2
 
 built=()
 for source in tests/standin/nccl*.cpp; do compile "$source"; done

@@ -60,6 +60,7 @@ static void create_devices() {
         device->ordinal = static_cast<int>(all.devices.size());
         device->physical = physical;
         device->context.device = device.get();
+        device->pool = std::make_shared<Pool>(Pool{device.get()});
         device->context.legacy = new_stream(&device->context, 0, 0);
         all.devices.push_back(std::move(device));
     }
@@ -95,7 +96,7 @@ static CUresult attribute(const Device &device, int which, int *value) {
     switch (which) {
     case 16: *value = static_cast<int>(setting("STANDIN_SMS", 8)); break;      // multiprocessors
     case 33: *value = device.physical + 1; break;                              // PCI bus
-    case 115: *value = find_symbol("cuMemAllocAsync") != nullptr; break;                   // memory pools
+    case 115: *value = find_symbol("cuMemAllocFromPoolAsync") != nullptr; break;           // memory pools
     case 122: case 123: *value = find_symbol("cuStreamWaitValue64_v2") != nullptr; break;  // 64-bit stream memory operations
     }
     return CUDA_SUCCESS;

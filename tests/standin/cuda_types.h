@@ -36,6 +36,15 @@ struct CUmemAllocationProp {
     unsigned char allocFlags[8];
 };
 static_assert(sizeof(CUmemAllocationProp) == 32, "as in cuda.h");
+struct CUmemPoolProps {
+    int allocType, handleTypes;
+    CUmemLocation location;
+    void *win32SecurityAttributes;
+    size_t maxSize;
+    unsigned short usage;
+    unsigned char reserved[54];
+};
+static_assert(sizeof(CUmemPoolProps) == 88, "as in cuda.h");
 struct CUDA_MEMCPY2D {
     size_t srcXInBytes, srcY;
     int srcMemoryType;

@@ -228,6 +228,15 @@ void check_range(const Call &call, uint64_t address, uint64_t bytes, const char 
     if (!over_regions(address, bytes, [](Region &, uint64_t, uint64_t) {})) unknown(call.name, what, address, bytes);
 }
 
+RegionPtr start_of(const Call &call, uint64_t address) {
+    RegionPtr region = find_region(address);
+    if (!region) check_range(call, address, 1, "frees");
+    if (region->base != address)
+        violation("UNKNOWN-MEMORY", "%s: 0x%llx lies within an allocation, it is not its start", call.name,
+                  (unsigned long long)address);
+    return region;
+}
+
 unsigned char *reach(const Running &running, uint64_t address, uint64_t bytes, const char *does, RegionPtr *found) {
     auto complain = [&](const char *name, const char *why) {
         violation(name, "%s %s %llu bytes at 0x%llx, %s", running.access.note->text().c_str(), does, (unsigned long long)bytes,
@@ -240,7 +249,7 @@ unsigned char *reach(const Running &running, uint64_t address, uint64_t bytes, c
             if (!region.access.count(user)) complain("NO-ACCESS", "mapped memory that cuMemSetAccess has not opened to its device");
         } else if (region.on_device()) {
             const Device *home = region.context->device;
-            bool peer = region.kind == Kind::Pool ? home->pool_access.count(user) : running.context->peers.count(home);
+            bool peer = region.kind == Kind::Pool ? region.pool->access.count(user) : running.context->peers.count(home);
             if (user != home && !peer && !running.any_device)
                 complain("NO-PEER-ACCESS", "memory of another device, to which its context has no access");
         }

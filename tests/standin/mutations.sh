@@ -69,19 +69,24 @@ gpu=src/device/cuda/gpu.rs
 mutation context-restored $gpu '(self.gpu.api.cuCtxPopCurrent_v2)(&mut popped);' 'let _: &mut CUcontext = &mut popped;'
 mutation captures-spared $gpu 'CU_STREAM_CAPTURE_MODE_RELAXED' 'CU_STREAM_CAPTURE_MODE_GLOBAL'
 mutation context-released $gpu 'unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.handle) };' 'let _ = self.handle;'
+mutation pool-destroyed src/device/cuda/pool.rs 'unsafe { (self.calls.cuMemPoolDestroy)(self.handle) };' 'let _ = self.handle;'
+mutation pool-opened $gpu 'gpu.open_to(&other)?;' '' standin nccl
+mutation pools-opened $gpu 'other.open_to(&gpu)?;' '' standin nccl
+mutation memory-gone src/container/ground.rs '0 => "was freed' 'u64::MAX => "was freed' standin cuda
+mutation memory-another src/container/ground.rs '_ if lot.lent =>' '_ if false =>' standin cuda
 mutation lists-freed src/device/cuda/lists.rs 'self.gpu.free(self.at);' ''
 mutation event-destroyed src/device/cuda/mod.rs 'self.gpu.destroy(event.0);' 'let _ = event;'
 mutation stream-destroyed $gpu '(self.api.cuStreamDestroy_v2)(self.stream);' ''
 mutation module-unloaded $gpu '                    (self.api.cuModuleUnload)(self.module);' ''
 mutation upload-waited $gpu 'self.api.done("cuMemcpyHtoDAsync", copied)?;
             self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream))' 'self.api.done("cuMemcpyHtoDAsync", copied)'
-mutation memory-waited $gpu 'let waited = self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream));' 'let waited: Result<()> = Ok(());'
+mutation memory-waited src/device/cuda/pool.rs 'let waited = self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream));' 'let waited: Result<()> = Ok(());'
 mutation peers-enabled src/device/cuda/gpu.rs 'if found.ordinal == id => self.enable_peer(id),' 'if found.ordinal == id => Ok(()),'
 mutation sources-waited src/container/sync.rs 'let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));' 'let ready = ready.map(|_| drop(settle));' standin-old cuda properties
 mutation reads-waited src/exec/mod.rs 'batches.units.start(self.stream).and_then(|()| self.settle())' 'batches.units.start(self.stream)' standin-old cuda properties
 mutation packs-waited src/exec/group.rs 'self.pack(run, round, staging)?;
             run.settle()?;' 'self.pack(run, round, staging)?;'
-mutation peers-asked $gpu 'let mapped = capable & 0xff == 0 && managed & 0xff == 0;' 'let mapped = false;'
+mutation peers-asked $gpu '&& !found.named && !found.managed' '&& false'
 mutation import-closed src/device/cuda/ipc.rs 'unsafe { (self.gpu.api.cuIpcCloseMemHandle)(self.base) };' ''
 mutation offset-added src/device/cuda/ipc.rs '(base + export.offset) as usize' 'base as usize'
 mutation stream-checked $gpu 'if context != self.context {' 'if false {'

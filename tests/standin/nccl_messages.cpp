@@ -66,6 +66,16 @@ static void check_overlap(const NcclCall &call, const std::vector<Half> &halves)
     }
 }
 
+// Ranks of one process reach each other's buffers directly: NCCL opens what is from cuMemAlloc to its peers, pools it leaves as they are.
+static void check_peer(const NcclCall &call, const Batch &batch, const Half &half) {
+    RegionPtr region = find_region(half.address);
+    if (!region || !region->pool) return;
+    const Device *home = region->context->device, *peer = batch.comm->world->ranks[half.peer]->context->device;
+    if (peer != home && can_access(peer, home) && !region->pool->access.count(peer))
+        violation("NCCL-PEER-ACCESS", "%s: memory at 0x%llx is of a pool that is not open to GPU %d, on which rank %d is", call.name,
+                  number(half.address), peer->ordinal, half.peer);
+}
+
 // Whether the batch can only finish after itself: it waits for the other ends of its messages to start, these for what is before
 // them on their ranks to finish.
 static bool waits_for(const Batch *batch, const Batch *wanted, std::set<const Batch *> &seen) {
@@ -84,6 +94,7 @@ static bool waits_for(const Batch *batch, const Batch *wanted, std::set<const Ba
 void post(NcclCall &call, const BatchPtr &batch) {
     const CommPtr &comm = batch->comm;
     check_overlap(call, batch->halves);
+    for (const Half &half : batch->halves) check_peer(call, *batch, half);
     if (comm->last && !comm->last->finished) batch->before = comm->last;
     comm->last = batch;
     for (Half &half : batch->halves) match(call, *batch, half);

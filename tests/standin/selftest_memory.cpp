@@ -261,6 +261,70 @@ static void pool_of_a_peer() {
     OK(cuStreamSynchronize(nullptr));
 }
 
+// A pool of the device, and memory of it that is there.
+static CUdeviceptr of_own_pool(CUmemoryPool *pool, CUstream stream) {
+    CUmemPoolProps props = {};
+    props.allocType = props.location.type = 1;
+    OK(cuMemPoolCreate(pool, &props));
+    CUdeviceptr memory;
+    OK(cuMemAllocFromPoolAsync(&memory, 400, *pool, stream));
+    OK(cuStreamSynchronize(stream));
+    uint64_t handle;
+    OK(cuPointerGetAttribute(&handle, 17, memory));
+    HOLDS(handle == reinterpret_cast<uint64_t>(*pool));
+    return memory;
+}
+
+static void own_pool_of_a_peer() {
+    Device first(0);
+    Queue queue;
+    CUmemoryPool pool;
+    CUdeviceptr memory = of_own_pool(&pool, queue.is);
+    CUmemAccessDesc access{{1, 1}, 3};
+    OK(cuMemPoolSetAccess(pool, &access, 1)); // what it has given already, too
+    {
+        Device second(1);
+        Memory own(400);
+        OK(cuMemcpyAsync(own.at, memory, 100, nullptr));
+        OK(cuStreamSynchronize(nullptr));
+    }
+    OK(cuMemPoolDestroy(pool)); // before what it gave
+    OK(cuMemFreeAsync(memory, queue.is));
+    OK(cuStreamSynchronize(queue.is));
+}
+
+static void other_pool_opened() {
+    Device first(0);
+    Queue queue;
+    CUmemoryPool pool, usual;
+    CUdeviceptr memory = of_own_pool(&pool, queue.is);
+    OK(cuDeviceGetDefaultMemPool(&usual, 0));
+    CUmemAccessDesc access{{1, 1}, 3};
+    OK(cuMemPoolSetAccess(usual, &access, 1));
+    Device second(1);
+    Memory own(400);
+    OK(cuMemcpyAsync(own.at, memory, 100, nullptr));
+    OK(cuStreamSynchronize(nullptr));
+}
+
+static void pool_destroyed_twice() {
+    Device device(0);
+    Queue queue;
+    CUmemoryPool pool, usual;
+    OK(cuMemFreeAsync(of_own_pool(&pool, queue.is), queue.is));
+    OK(cuDeviceGetDefaultMemPool(&usual, 0));
+    GIVES(CUDA_ERROR_INVALID_VALUE, cuMemPoolDestroy(usual));
+    OK(cuMemPoolDestroy(pool));
+    cuMemPoolDestroy(pool);
+}
+
+static void pool_left() {
+    Device device(0);
+    Queue queue;
+    CUmemoryPool pool;
+    OK(cuMemFreeAsync(of_own_pool(&pool, queue.is), queue.is));
+}
+
 const std::vector<Case> memory_cases = {
     {"copies", nullptr, "", copies},
     {"fresh_memory_is_poisoned", nullptr, "", fresh_memory_is_poisoned},
@@ -290,4 +354,8 @@ const std::vector<Case> memory_cases = {
     {"peer_copy_by_the_host", nullptr, "STANDIN_PEERS=0", peer_copy_by_the_host},
     {"no_peers", nullptr, "STANDIN_PEERS=0", no_peers},
     {"pool_of_a_peer", "NO-PEER-ACCESS", "", pool_of_a_peer},
+    {"own_pool_of_a_peer", nullptr, "", own_pool_of_a_peer},
+    {"other_pool_opened", "NO-PEER-ACCESS", "", other_pool_opened},
+    {"pool_destroyed_twice", "BAD-HANDLE", "", pool_destroyed_twice},
+    {"pool_left", "LEAK", "", pool_left},
 };

@@ -267,6 +267,31 @@ static void two_threads() {
 }
 
 #define SHARED "STANDIN_NCCL_SHARED_GPU=1"
+// Rank 0 sends what is of a pool, which it may have opened to the other rank's GPU.
+static void sends_from_a_pool(bool opened) {
+    ranks(2, true, [=](Rank &each) {
+        if (each.rank) {
+            OK(each.receive(0));
+        } else {
+            CUmemPoolProps props = {};
+            props.allocType = props.location.type = 1;
+            CUmemoryPool pool;
+            CUdeviceptr memory;
+            OK(cuMemPoolCreate(&pool, &props));
+            OK(cuMemAllocFromPoolAsync(&memory, 64, pool, each.queue.is));
+            CUmemAccessDesc access{{1, 1}, 3};
+            if (opened) OK(cuMemPoolSetAccess(pool, &access, 1));
+            OK(ncclSend(reinterpret_cast<void *>(memory), 64, 0, 1, each.comm, each.queue.is));
+            OK(cuMemFreeAsync(memory, each.queue.is));
+            OK(cuMemPoolDestroy(pool));
+        }
+        each.sync();
+        each.end();
+    });
+}
+static void sends_from_an_open_pool() { sends_from_a_pool(true); }
+static void sends_from_a_closed_pool() { sends_from_a_pool(false); }
+
 const std::vector<Case> nccl_wrong_cases = {
     {"nccl_other_size", "NCCL-SIZE", "", other_size},
     {"nccl_gathers_of_other_sizes", "NCCL-SIZE", "", gathers_of_other_sizes},
@@ -295,6 +320,9 @@ const std::vector<Case> nccl_wrong_cases = {
     {"nccl_leaks", "LEAK", "", leaks},
     {"nccl_stream_of_another_gpu", "WRONG-CONTEXT", "", stream_of_another_gpu},
     {"nccl_memory_of_another_gpu", "NCCL-WRONG-DEVICE", "", memory_of_another_gpu},
+    {"nccl_sends_from_an_open_pool", nullptr, "", sends_from_an_open_pool},
+    {"nccl_sends_from_a_closed_pool", "NCCL-PEER-ACCESS", "", sends_from_a_closed_pool},
+    {"nccl_no_peers", nullptr, "STANDIN_PEERS=0", sends_from_a_closed_pool},
     {"nccl_race_with_send", "RACE", "", race_with_send},
     {"nccl_race_with_receive", "RACE", "", race_with_receive},
     {"nccl_not_ready", "NCCL-NOT-READY", "", not_ready},

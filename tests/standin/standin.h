@@ -115,15 +115,21 @@ struct Context {
     StreamPtr legacy;               // the NULL stream
 };
 
+// Where stream-ordered memory comes from. Its handle is its address.
+struct Pool {
+    Device *device;
+    std::set<const Device *> access = {}; // who may touch its memory, beyond its own device
+};
+using PoolPtr = std::shared_ptr<Pool>;
+
 struct Device {
     int ordinal;  // as this process sees it
     int physical; // the same in all processes
     int memory = -1;
     uint64_t next = 0; // first free byte of its range
     uint64_t used = 0;
-    uint64_t pool_threshold = 0;
     uint64_t files = 0; // of physical memory that are open
-    std::set<const Device *> pool_access; // who may touch its pool's memory
+    PoolPtr pool;      // the default one
     Context context;
 };
 
@@ -152,6 +158,7 @@ struct Region {
     uint64_t page = 0, pages = 0;   // its pages within all devices' range
     unsigned opened = 0;            // imports: how often
     uint64_t owner = 0, remote = 0; // imports: whose, and its number there
+    PoolPtr pool;                   // pool memory: whose
     PhysicalPtr physical;           // mapped: what is there
     std::set<const Device *> access; // mapped: who may touch it
     Shadow shadow;
@@ -195,6 +202,7 @@ struct State {
     std::map<uint64_t, uint64_t> reserved;   // addresses for mappings: base to size
     uint64_t next_reserved = 0;              // they have a range of their own, behind the devices'
     std::unordered_map<uint64_t, PhysicalPtr> physicals; // by handle
+    std::set<PoolPtr> pools;                             // that were made
     std::vector<StreamPtr> streams;          // all that live or have work
     std::unordered_map<uint64_t, StreamPtr> stream_handles;
     std::unordered_map<uint64_t, Event> events;
@@ -267,6 +275,8 @@ unsigned char *reach(const Running &running, uint64_t address, uint64_t bytes, c
 void touch(const Running &running, uint64_t address, uint64_t bytes, bool writes);
 // As an argument of a call: known memory, whole.
 void check_range(const Call &call, uint64_t address, uint64_t bytes, const char *what);
+// What begins at an address, to be given back.
+RegionPtr start_of(const Call &call, uint64_t address);
 
 // api_mappings.cpp
 uint64_t exported_descriptors();

@@ -128,6 +128,7 @@ struct Count {
 static std::vector<Count> live() {
     State &all = state();
     Count device{"device allocation", "device allocations", 0}, pool{"pool allocation", "pool allocations", 0};
+    Count pools{"memory pool", "memory pools", all.pools.size()};
     Count pinned{"pinned allocation", "pinned allocations", 0}, registered{"host registration", "host registrations", 0};
     Count mapped{"mapping", "mappings", 0}, handles{"handle of an allocation", "handles of allocations", 0};
     Count imports{"opened IPC handle", "opened IPC handles", 0}, retained{"retained context", "retained contexts", 0};
@@ -149,7 +150,7 @@ static std::vector<Count> live() {
     Count modules{"module", "modules", all.modules.size()};
     Count graphs{"graph", "graphs", all.graphs.size() + all.execs.size()};
     Count communicators{"communicator", "communicators", all.communicators};
-    return {device, pool, pinned, registered, imports, mapped, handles, reserved, descriptors, streams, events, modules, graphs, communicators, retained};
+    return {device, pool, pools, pinned, registered, imports, mapped, handles, reserved, descriptors, streams, events, modules, graphs, communicators, retained};
 }
 
 __attribute__((destructor)) static void at_exit() {

@@ -10,7 +10,7 @@ use crate::abi::{RS_ERR_DEVICE, RS_ERR_MEMORY, RS_ERR_UNSUPPORTED};
 use crate::error::{Result, bail, err};
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUipcMemHandle, CUmemAccessDesc, CUmemGenericAllocationHandle,
-    CUmodule, CUstream, CUuuid,
+    CUmemPoolProps, CUmemoryPool, CUmodule, CUstream, CUuuid,
 };
 use once_cell::sync::OnceCell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -32,29 +32,31 @@ macro_rules! functions {
     (
         required { $($name:ident($($arg:ty),*);)* }
         optional { $($maybe:ident($($other:ty),*);)* }
-        mappings { $($part:ident($($third:ty),*);)* }
+        $($(#[$doc:meta])* together $group:ident $Group:ident { $($part:ident $args:tt;)* })*
     ) => {
-        /// The functions of the virtual memory interface.
-        #[allow(non_snake_case)]
-        pub struct Mappings {
-            $(pub $part: unsafe extern "C" fn($($third),*) -> c_int,)*
-        }
+        $(
+            $(#[$doc])*
+            #[allow(non_snake_case)]
+            pub struct $Group {
+                $(pub $part: functions!(@pointer $args),)*
+            }
+
+            impl $Group {
+                /// # Safety
+                /// `library` is the driver's.
+                unsafe fn load(library: *mut c_void) -> Option<$Group> {
+                    // SAFETY: as in `Api::load`.
+                    unsafe { Some($Group { $($part: symbol(library, concat!(stringify!($part), "\0"))?,)* }) }
+                }
+            }
+        )*
 
         /// The functions, under their exported names.
         #[allow(non_snake_case)]
         pub struct Api {
             $(pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
             $(pub $maybe: Option<unsafe extern "C" fn($($other),*) -> c_int>,)*
-            pub mappings: Option<Mappings>,
-        }
-
-        impl Mappings {
-            /// # Safety
-            /// `library` is the driver's.
-            unsafe fn load(library: *mut c_void) -> Option<Mappings> {
-                // SAFETY: as in `Api::load`.
-                unsafe { Some(Mappings { $($part: symbol(library, concat!(stringify!($part), "\0"))?,)* }) }
-            }
+            $(pub $group: Option<$Group>,)*
         }
 
         impl Api {
@@ -69,12 +71,13 @@ macro_rules! functions {
                             None => bail!(RS_ERR_UNSUPPORTED, "the CUDA driver has no {}: its release is too old", stringify!($name)),
                         },)*
                         $($maybe: symbol(library, concat!(stringify!($maybe), "\0")),)*
-                        mappings: Mappings::load(library),
+                        $($group: $Group::load(library),)*
                     })
                 }
             }
         }
     };
+    (@pointer ($($arg:ty),*)) => { unsafe extern "C" fn($($arg),*) -> c_int };
 }
 
 functions! {
@@ -124,12 +127,19 @@ functions! {
         );
     }
     optional {
-        cuMemAllocAsync(*mut CUdeviceptr, usize, CUstream);
-        cuMemFreeAsync(CUdeviceptr, CUstream);
         cuStreamWriteValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
         cuStreamWaitValue64_v2(CUstream, CUdeviceptr, u64, c_uint);
     }
-    mappings {
+    /// Of stream-ordered memory.
+    together pools Pools {
+        cuMemPoolCreate(*mut CUmemoryPool, *const CUmemPoolProps);
+        cuMemPoolDestroy(CUmemoryPool);
+        cuMemPoolSetAccess(CUmemoryPool, *const CUmemAccessDesc, usize);
+        cuMemAllocFromPoolAsync(*mut CUdeviceptr, usize, CUmemoryPool, CUstream);
+        cuMemFreeAsync(CUdeviceptr, CUstream);
+    }
+    /// Of the virtual memory interface.
+    together mappings Mappings {
         cuMemRetainAllocationHandle(*mut CUmemGenericAllocationHandle, *mut c_void);
         cuMemExportToShareableHandle(*mut c_void, CUmemGenericAllocationHandle, c_uint, c_ulonglong);
         cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, c_uint);

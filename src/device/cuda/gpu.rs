@@ -2,6 +2,7 @@
 
 use super::api::{Api, CAPTURE_IMPLICIT, NOT_READY, PEER_ACCESS_ALREADY_ENABLED, api};
 use super::ipc::{Key, Opened};
+use super::pool::Pool;
 use crate::abi::*;
 use crate::device::Stream;
 use crate::error::{Result, bail};
@@ -23,29 +24,40 @@ const PER_THREAD: Stream = 2;
 
 /// What the driver knows of an address.
 pub struct Address {
-    /// CU_MEMORYTYPE_*; 0: nothing.
+    /// CU_MEMORYTYPE_*; 0: it knows nothing.
     kind: u32,
     /// The GPU that it belongs to.
     ordinal: i32,
-    /// Whether it is of the virtual memory interface or a pool, which say for themselves who may reach it.
-    mapped: bool,
+    /// Whether it is managed memory, which the driver moves between GPUs and host.
+    managed: bool,
+    /// Whether it is of an allocation that has an IPC handle.
+    pub named: bool,
+    /// Whether it is of a stream-ordered pool.
+    pub pool: bool,
+    /// Kinds of handles for other processes that its allocation was created for.
+    pub handles: c_uint,
+    /// Where the mapping begins that it lies in, and its length in bytes.
+    pub base: CUdeviceptr,
+    pub len: u64,
+    /// Of the allocation, which no other one of the process has had.
+    pub id: u64,
 }
 
 /// What lists of copies need to live.
 pub struct Gpu {
     pub api: &'static Api,
     pub ordinal: i32,
-    handle: CUdevice,
+    pub handle: CUdevice,
     context: CUcontext,
     module: CUmodule,
     pub kernel: CUfunction,
     /// Our own: for memory and uploads alone, so that waiting for it is short.
-    stream: CUstream,
+    pub stream: CUstream,
     /// Streaming multiprocessors.
     pub processors: u32,
     pub uuid: [u64; 2],
-    /// Whether memory comes from the stream-ordered pool.
-    pools: bool,
+    /// Where our memory comes from; `None`: from cuMemAlloc.
+    pub pool: Option<Pool>,
     /// Whether registered host memory has the host's addresses here.
     pub host_addresses: bool,
     /// How streams write and wait for words of host memory, if they can.
@@ -87,6 +99,10 @@ impl Gpu {
         }
         let gpu = Arc::new(Gpu::new(ordinal)?);
         all.retain(|g| g.0 != ordinal);
+        for other in all.iter().filter_map(|g| g.1.upgrade()) {
+            gpu.open_to(&other)?;
+            other.open_to(&gpu)?;
+        }
         all.push((ordinal, Arc::downgrade(&gpu)));
         Ok(gpu)
     }
@@ -114,7 +130,7 @@ impl Gpu {
             stream: ptr::null_mut(),
             processors: 0,
             uuid: [0; 2],
-            pools: false,
+            pool: None,
             host_addresses: false,
             words: None,
             imported: Mutex::default(),
@@ -131,8 +147,8 @@ impl Gpu {
         }
         self.processors = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let pools = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? != 0;
-        self.pools = pools && api.cuMemAllocAsync.is_some() && api.cuMemFreeAsync.is_some();
-        if !self.pools {
+        self.pool = api.pools.as_ref().filter(|_| pools).map(|calls| Pool::new(self, calls)).transpose()?;
+        if self.pool.is_none() {
             log::info!("cuda:{}: no stream-ordered memory pool; staging comes from cuMemAlloc", self.ordinal);
         }
         self.host_addresses = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
@@ -197,40 +213,6 @@ impl Gpu {
     /// same.
     pub fn current_again(&self) -> Option<Current<'_>> {
         self.current().or_else(|_| self.current()).ok()
-    }
-
-    /// Usable on every stream at once.
-    pub fn alloc(&self, bytes: usize) -> Result<CUdeviceptr> {
-        let _current = self.current()?;
-        let mut at = 0;
-        match self.api.cuMemAllocAsync.filter(|_| self.pools) {
-            // SAFETY: writes its one result; our stream lives as long as `self`.
-            Some(alloc) => unsafe {
-                self.api.done("cuMemAllocAsync", alloc(&mut at, bytes.max(1), self.stream))?;
-                let waited = self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(self.stream));
-                waited.inspect_err(|_| self.free(at))?;
-            },
-            // SAFETY: writes its one result.
-            None => self.api.done("cuMemAlloc", unsafe { (self.api.cuMemAlloc_v2)(&mut at, bytes.max(1)) })?,
-        }
-        Ok(at)
-    }
-
-    /// Of [`Gpu::alloc`]; nothing uses it any more.
-    pub fn free(&self, at: CUdeviceptr) {
-        let Some(_current) = self.current_again() else { return };
-        let answer = match self.api.cuMemFreeAsync.filter(|_| self.pools) {
-            // SAFETY: `alloc` gave it, and its users are done.
-            Some(free) => unsafe { free(at, self.stream) },
-            // SAFETY: as above, but for an upload of ours that failed half-way.
-            None => unsafe {
-                (self.api.cuStreamSynchronize)(self.stream);
-                (self.api.cuMemFree_v2)(at)
-            },
-        };
-        if let Err(e) = self.api.done("cuMemFree", answer) {
-            log::warn!("cuda:{}: {e}", self.ordinal);
-        }
     }
 
     pub fn record(&self, stream: Stream) -> Result<usize> {
@@ -349,7 +331,8 @@ impl Gpu {
         match (kind, found.kind) {
             (RS_DEVICE_CUDA_HOST, HOST) => Ok(()),
             (RS_DEVICE_CUDA, DEVICE) if found.ordinal == id && id == self.ordinal => Ok(()),
-            (RS_DEVICE_CUDA, DEVICE) if found.ordinal == id && found.mapped => bail!(
+            // Of the virtual memory interface or a pool, which say for themselves who may reach it.
+            (RS_DEVICE_CUDA, DEVICE) if found.ordinal == id && !found.named && !found.managed => bail!(
                 RS_ERR_UNSUPPORTED,
                 "memory of cuda:{id} at {at:#x} is not from cudaMalloc() (of a pool, or of PyTorch's expandable segments): peer access \
                  does not open it to other GPUs"
@@ -366,35 +349,62 @@ impl Gpu {
         }
     }
 
-    /// What the driver knows of an address.
     pub fn about(&self, at: u64) -> Result<Address> {
-        let _current = self.current()?;
-        let (mut kind, mut ordinal, mut capable, mut managed) = (0u32, -1i32, 0u32, 0u32);
-        let mut asked = [
-            About::CU_POINTER_ATTRIBUTE_MEMORY_TYPE as c_int,
-            About::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL as c_int,
-            About::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE as c_int,
-            About::CU_POINTER_ATTRIBUTE_IS_MANAGED as c_int,
+        const ASKED: [About; 10] = [
+            About::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+            About::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+            About::CU_POINTER_ATTRIBUTE_IS_MANAGED,
+            About::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
+            About::CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE,
+            About::CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES,
+            About::CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR,
+            About::CU_POINTER_ATTRIBUTE_MAPPING_SIZE,
+            About::CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID,
+            About::CU_POINTER_ATTRIBUTE_BUFFER_ID,
         ];
-        let mut answers: [*mut c_void; 4] =
-            [(&raw mut kind).cast(), (&raw mut ordinal).cast(), (&raw mut capable).cast(), (&raw mut managed).cast()];
-        // SAFETY: so many attributes, each with a place of its size for the answer; an address that is none of the driver's is no error.
+        let mut asked = ASKED.map(|a| a as c_int);
+        let mut words = [[0u8; 8]; ASKED.len()];
+        let mut answers = words.each_mut().map(|word| word.as_mut_ptr().cast::<c_void>());
+        let _current = self.current()?;
+        // SAFETY: so many attributes, each with a place for the answer, of which none is longer than 8 bytes; an address that is none of
+        // the driver's is no error.
         let answer =
             unsafe { (self.api.cuPointerGetAttributes)(asked.len() as c_uint, asked.as_mut_ptr(), answers.as_mut_ptr(), at) };
-        // What is neither managed nor can have an IPC handle was mapped piece by piece.
-        let mapped = capable & 0xff == 0 && managed & 0xff == 0;
-        self.api.done("cuPointerGetAttributes", answer).map(|()| Address { kind, ordinal, mapped })
+        self.api.done("cuPointerGetAttributes", answer)?;
+        let whole = |i: usize| u64::from_ne_bytes(words[i]);
+        let int = |i: usize| u32::from_ne_bytes([words[i][0], words[i][1], words[i][2], words[i][3]]);
+        // A truth value has one byte or four.
+        let truth = |i: usize| words[i][..4].iter().any(|&b| b != 0);
+        let named = truth(3);
+        Ok(Address {
+            kind: int(0),
+            ordinal: int(1) as i32,
+            managed: truth(2),
+            named,
+            pool: whole(4) != 0,
+            handles: int(5),
+            base: whole(6),
+            len: whole(7),
+            id: whole(if named { 9 } else { 8 }),
+        })
+    }
+
+    /// Whether it can reach the memory of another one.
+    pub fn is_peer_of(&self, other: CUdevice) -> Result<bool> {
+        let mut can = 0;
+        // SAFETY: writes its one result.
+        let answer = unsafe { (self.api.cuDeviceCanAccessPeer)(&mut can, self.handle, other) };
+        self.api.done("cuDeviceCanAccessPeer", answer).map(|()| can != 0)
     }
 
     /// Lets kernels of this GPU read and write the memory of another one.
     fn enable_peer(&self, other: i32) -> Result<()> {
-        let (mut can, mut peer, mut context) = (0, 0, ptr::null_mut());
+        let (mut peer, mut context) = (0, ptr::null_mut());
         let api = self.api;
         // SAFETY: each call writes its one result; the peer's context is retained while it is used.
         unsafe {
             api.done("cuDeviceGet", (api.cuDeviceGet)(&mut peer, other))?;
-            api.done("cuDeviceCanAccessPeer", (api.cuDeviceCanAccessPeer)(&mut can, self.handle, peer))?;
-            if can == 0 {
+            if !self.is_peer_of(peer)? {
                 bail!(RS_ERR_UNSUPPORTED, "it cannot reach the memory of cuda:{other}: the two GPUs are no peers");
             }
             api.done("cuDevicePrimaryCtxRetain", (api.cuDevicePrimaryCtxRetain)(&mut context, peer))?;
@@ -420,6 +430,7 @@ impl Drop for Gpu {
                 }
             }
         }
+        drop(self.pool.take());
         // SAFETY: retained once, in `new`.
         unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.handle) };
     }

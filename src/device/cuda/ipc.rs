@@ -119,8 +119,7 @@ impl Known {
 
     fn find(&mut self, gpu: &Gpu, block: &Mem, used: &mut BTreeSet<CUdeviceptr>) -> Result<Found> {
         let begin = block.addr() as u64;
-        let place = pieces::place(gpu, begin)?;
-        if place.named {
+        if gpu.about(begin)?.named {
             let (base, _) = gpu.range(begin)?;
             let handle = match self.handles.get(&(gpu.ordinal, base)) {
                 Some(&handle) => handle,
@@ -197,7 +196,7 @@ pub fn import(gpu: &Arc<Gpu>, export: &Export) -> Result<Imported> {
 
 impl Gpu {
     /// The allocation that an address lies in: its begin and its length in bytes.
-    fn range(&self, at: CUdeviceptr) -> Result<(CUdeviceptr, u64)> {
+    pub fn range(&self, at: CUdeviceptr) -> Result<(CUdeviceptr, u64)> {
         let _current = self.current()?;
         let (mut base, mut bytes) = (0, 0);
         // SAFETY: writes its two results.

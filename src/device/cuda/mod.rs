@@ -16,8 +16,9 @@ mod ipc;
 mod lists;
 mod own;
 mod pieces;
+mod pool;
 
-use super::{Batch, Copies, Device, Event, Export, Imported, Job, Mem, OwnStream, Prepare, Registered, Signals, Stream};
+use super::{Batch, Copies, Device, Event, Export, Held, Imported, Job, Mem, OwnStream, Prepare, Registered, Signals, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail};
 pub(crate) use api::{open, symbol};
@@ -93,6 +94,14 @@ impl Device for CudaDevice {
 
     fn import(&self, export: &Export) -> Result<Imported> {
         self.named(ipc::import(&self.gpu, export))
+    }
+
+    fn allocations(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
+        self.named(pieces::allocations(&self.gpu, blocks))
+    }
+
+    fn allocation(&self, at: u64) -> Result<u64> {
+        self.named(self.gpu.about(at)).map(|found| found.id)
     }
 
     fn register(&self, host: Mem) -> Result<Registered> {
