@@ -761,7 +761,7 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  * ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
  * copies, until this container is rebound, connected or destroyed, whatever syncs do; it asks nobody, and changes no parameter's state or version.
  *
- * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; or a sync is in progress: poll), RS_ERR_NOT_FOUND (an entry
+ * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; a sync is in progress: poll; or a GPU's memory was freed or unmapped since it was bound, which nothing has touched then: rebind), RS_ERR_NOT_FOUND (an entry
  * of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
  * progress on this communicator),
  * and the fatal ones, after which the container needs a new communicator and a connect.
@@ -961,8 +961,10 @@ void rs_preset_destroy(rs_preset_t *preset);
  * allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are in recent
  * releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the bus, pinned by
  * its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such handles (that of vLLM's
- * sleep mode), memory of pools, or other host memory: connect refuses it. Free, unmap or map anew what peers read only when their
- * containers are destroyed, have been rebound and synced, or their processes have ended.
+ * sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and read by peers only
+ * when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA does not say what happens else. Mapped
+ * memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it before the next one, which else
+ * refuses. Until that sync peers keep the former memory open, and its bytes allocated.
  *
  * Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
  * already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing

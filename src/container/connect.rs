@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::flight::{Stuck, Turn};
+use super::ground::Ground;
 use super::sync::give_up;
 use super::{Container, FromSpec, Phase, held};
 use crate::abi::*;
@@ -57,6 +58,8 @@ pub(super) struct Connected {
     /// Syncs so far whose header was gathered: equal on all ranks.
     pub number: u64,
     pub links: Links,
+    /// Where this rank's memory lay when addresses were exchanged.
+    pub ground: Ground,
     pub ready: Ready,
     /// Of the last subset, by its digest.
     pub subset: Option<(u64, Ready)>,
@@ -212,6 +215,7 @@ impl Container {
             captured: false,
             number: 0,
             links: Links::default(),
+            ground: Ground::default(),
             ready: Ready::default(),
             subset: None,
         };
@@ -371,6 +375,9 @@ impl Container {
                 c.links.windows.push(list);
             }
         }
+        let granted = c.links.granted.iter().flat_map(|(_, row, access)| row.iter().zip(access));
+        let lent = granted.filter(|(_, access)| **access == Access::Mapped).map(|(&row, _)| row).collect();
+        c.ground = Ground::new(&*self.device, &self.mems, &lent)?;
         c.ready = self.ready(comm, c, None)?;
         if let Some(pipe) = comm.pipe() {
             let lanes = &c.work().lanes;

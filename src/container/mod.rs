@@ -10,6 +10,7 @@
 pub mod connect;
 pub mod describe;
 mod flight;
+mod ground;
 pub mod host;
 pub mod state;
 pub mod sync;

@@ -160,7 +160,7 @@ impl Container {
         let ready = captured.clone().and_then(|_| self.behind(c, request.stream));
         // Before the header: whoever has that, may let its stream wait for ours.
         let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
-        let subset = ready.and_then(|()| self.subset(c, request));
+        let subset = ready.and_then(|()| self.grounded(c, comm.rank())).and_then(|()| self.subset(c, request));
         let header = self.header(c, request, &subset);
         let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
         // A stream that was refused has nothing of ours.
@@ -275,7 +275,7 @@ impl Container {
         // What the caller's stream still does to the sources, others must not read.
         let ready = self.capturing(c, request).and_then(|_| self.behind(c, request.stream));
         let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));
-        let subset = ready.and_then(|()| self.subset(c, request));
+        let subset = ready.and_then(|()| self.grounded(c, comm.rank())).and_then(|()| self.subset(c, request));
         let mine = self.header(c, request, &subset);
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
@@ -350,6 +350,14 @@ impl Container {
             std::mem::forget((c.ready.batches.take(), c.subset.take(), std::mem::take(&mut c.links.kept)));
         }
         moved
+    }
+
+    /// An error if memory is gone that this container was bound to. After a rebind the exchange of addresses looks at what is new.
+    fn grounded(&self, c: &Connected, me: u32) -> Result<()> {
+        if c.bindings.get(me as usize) != Some(&self.binding) {
+            return Ok(());
+        }
+        c.ground.check(&*self.device, |row| &self.layout.buffers()[row as usize].name)
     }
 
     /// The tensors of `only`, by ordinal.

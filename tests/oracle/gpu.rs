@@ -115,6 +115,8 @@ pub fn as_some_thread<R>(rank: usize, body: impl FnOnce() -> R) -> R {
 
 /// Addresses of a GPU at which pieces of memory of several lengths are mapped one behind the other.
 struct Range {
+    gpu: i32,
+    wanted: sys::CUmemAllocationProp,
     base: u64,
     /// Where the block begins: inside a piece.
     start: u64,
@@ -143,44 +145,57 @@ impl Range {
                 reserved: [0; 4],
             },
         };
-        let access = sys::CUmemAccessDesc { location, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
-        let (mut unit, mut base) = (0, 0);
+        let mut range = Range { gpu, wanted, base: 0, start: 0, pieces: vec![] };
+        let mut unit = 0;
         let least = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+        // SAFETY: each call writes its one result; the description outlives its call.
+        unsafe {
+            check("cuMemGetAllocationGranularity", sys::cuMemGetAllocationGranularity(&mut unit, &range.wanted, least));
+            let start = unit - (len / 4 % unit) / 256 * 256;
+            while range.pieces.iter().sum::<usize>() < start + len {
+                range.pieces.push(unit * (1 + range.pieces.len() % 3));
+            }
+            range.start = start as u64;
+            let bytes = range.pieces.iter().sum();
+            check("cuMemAddressReserve", sys::cuMemAddressReserve(&mut range.base, bytes, 0, 0, 0));
+        }
+        range.map();
+        range
+    }
+
+    /// Memory for all of it.
+    fn map(&self) {
+        let location = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: self.gpu };
+        let access = sys::CUmemAccessDesc { location, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        let mut at = self.base;
         // SAFETY: each call writes its one result; descriptions outlive their calls; pieces go to addresses that were reserved.
         unsafe {
-            check("cuMemGetAllocationGranularity", sys::cuMemGetAllocationGranularity(&mut unit, &wanted, least));
-            let start = unit - (len / 4 % unit) / 256 * 256;
-            let mut pieces = vec![];
-            while pieces.iter().sum::<usize>() < start + len {
-                pieces.push(unit * (1 + pieces.len() % 3));
-            }
-            let bytes = pieces.iter().sum();
-            check("cuMemAddressReserve", sys::cuMemAddressReserve(&mut base, bytes, 0, 0, 0));
-            let mut at = base;
-            for &piece in &pieces {
+            for &piece in &self.pieces {
                 let mut handle = 0;
-                check("cuMemCreate", sys::cuMemCreate(&mut handle, piece, &wanted, 0));
+                check("cuMemCreate", sys::cuMemCreate(&mut handle, piece, &self.wanted, 0));
                 check("cuMemMap", sys::cuMemMap(at, piece, 0, handle, 0));
                 check("cuMemRelease", sys::cuMemRelease(handle));
                 at += piece as u64;
             }
-            check("cuMemSetAccess", sys::cuMemSetAccess(base, bytes, &access, 1));
-            Range { base, start: start as u64, pieces }
+            check("cuMemSetAccess", sys::cuMemSetAccess(self.base, (at - self.base) as usize, &access, 1));
+        }
+    }
+
+    fn unmap(&self) {
+        let mut at = self.base;
+        for &piece in &self.pieces {
+            // SAFETY: `map` mapped it, and nobody uses it any more.
+            check("cuMemUnmap", unsafe { sys::cuMemUnmap(at, piece) });
+            at += piece as u64;
         }
     }
 }
 
 impl Drop for Range {
     fn drop(&mut self) {
-        let mut at = self.base;
-        // SAFETY: `new` mapped and reserved them, and nobody uses them any more.
-        unsafe {
-            for &piece in &self.pieces {
-                check("cuMemUnmap", sys::cuMemUnmap(at, piece));
-                at += piece as u64;
-            }
-            check("cuMemAddressFree", sys::cuMemAddressFree(self.base, (at - self.base) as usize));
-        }
+        self.unmap();
+        // SAFETY: `new` reserved them, and nothing is mapped there any more.
+        check("cuMemAddressFree", unsafe { sys::cuMemAddressFree(self.base, self.pieces.iter().sum()) });
     }
 }
 
@@ -229,6 +244,18 @@ impl Block {
         });
         block.write(bytes);
         block
+    }
+
+    /// Other memory at the same address, as of an engine that slept and woke: of mapped memory alone. Its bytes are not the same.
+    #[allow(dead_code)] // of `cuda` alone
+    pub fn renew(&mut self) {
+        let range = self.range.as_ref().expect("it is mapped piece by piece");
+        on(self.kind.1, || {
+            // SAFETY: a stream of its own.
+            check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) });
+            range.unmap();
+            range.map();
+        });
     }
 
     /// For syncs of this memory.

@@ -73,6 +73,14 @@ impl Memory {
         self.block.at(self.starts[block] + at)
     }
 
+    /// See [`Block::renew`]; the same bytes.
+    #[allow(dead_code)] // of `cuda` alone
+    pub fn renew(&mut self) {
+        let bytes = self.bytes();
+        self.block.renew();
+        self.block.write(&bytes);
+    }
+
     /// Where it lies.
     pub fn kind(&self) -> Kind {
         self.block.kind()
