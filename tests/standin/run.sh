@@ -2,7 +2,7 @@
 # The library on GPUs, over the stand-in driver: what `tests/cuda.rs` says, and the property tests with all weights in GPUs' and pinned
 # memory, under several schedules, processes that share GPUs and die, and world specs by Python. Needs cargo, g++, python3 with venv.
 #
-# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (30). RESHARD_WORLDS: random world specs (150).
+# RESHARD_SEEDS: how many schedules (20). RESHARD_CASES: random layouts for each (30). RESHARD_WORLDS: random world specs (100).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -32,7 +32,7 @@ over target/standin-old properties cuda
 echo "world specs"
 # In threads the small suites; in processes the largest case of dense models, sides on ranks of their own, shared experts with a layer
 # for multi-token prediction, 16 ranks at once, and casts. All others, and the golden files, are for tests/long.sh.
-export RESHARD_WORLDS=${RESHARD_WORLDS:-150}
+export RESHARD_WORLDS=${RESHARD_WORLDS:-100}
 export RESHARD_MATRIX="TP 1 PP 2 to TP 2 PP 4,on other ranks,Glm4Moe,16 processes,casts"
 LD_LIBRARY_PATH=target/standin tests/presets/run.sh vectors expert_vectors attention_vectors vision_vectors changes mindspeed gpt_oss variants \
     matrix random_worlds
