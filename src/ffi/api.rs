@@ -130,23 +130,25 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 ///
 /// While it runs, no source may be written and no target read, but by what comes behind it on its stream. When it has ended, whatever the
 /// answer, no rank reads this rank's sources any more, and nothing of it is on this rank's streams. (After a failure that takes up to 6
-/// seconds beyond the deadline: GPUs finish what they began. One whose stream has not come that far by then, because of what its caller has
-/// there, may still read and write weights later: do not free them before the streams of all ranks have ended.) After an error each target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was
-/// written here, RS_PARAM_LANDED where all arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync
-/// succeeds.
+/// seconds beyond the deadline: GPUs finish what they began. One whose stream has not come that far by then, because of what its caller
+/// has there, may still read and write weights later: do not free them before the streams of all ranks have ended.) After an error each
+/// target says by its state what it holds: RS_PARAM_TORN once a byte of the sync's targets was written here, RS_PARAM_LANDED where all
+/// arrived but not every rank could be heard; rs_get_param() refuses torn ones until a sync succeeds.
 ///
 /// Collective: every rank of the communicator calls it, with the same version and the same `only`. No rank waits longer than its
 /// timeout, which runs from this call, over the polls. sync is copied; the progress function is called on this thread, during the call, and
 /// not at all after RS_IN_PROGRESS.
 ///
-/// A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else RS_ERR_UNSUPPORTED), on all
-/// ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into their graphs. The graph repeats the
-/// copies, until this container is rebound, connected or destroyed, whatever syncs do; it asks nobody, and changes no parameter's state or version.
+/// A stream that is being captured into a CUDA graph is taken where all weights of every rank stay on that rank (else
+/// RS_ERR_UNSUPPORTED), on all ranks at once and without `only`. Then nothing moves now, and polls tell that all ranks have put it into
+/// their graphs. The graph repeats the copies, until this container is rebound, connected or destroyed, whatever syncs do; it asks
+/// nobody, and changes no parameter's state or version.
 ///
-/// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again; a sync is in progress: poll; or a GPU's memory was freed or unmapped since it was bound, which nothing has touched then: rebind), RS_ERR_NOT_FOUND (an entry
-/// of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing moved), RS_ERR_BUSY (also: another container has a sync in
-/// progress on this communicator),
-/// and the fatal ones, after which the container needs a new communicator and a connect.
+/// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again;
+/// a sync is in progress: poll; or a GPU's memory was freed or unmapped since it was bound, which nothing has touched then: rebind),
+/// RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
+/// moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones, after which the
+/// container needs a new communicator and a connect.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *const rs_sync_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -156,9 +158,10 @@ pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *
     })
 }
 
-/// How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while
-/// one runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until
-/// it answers otherwise: it is what finds a passed deadline or a dead peer, ends what waits for them on the stream, and agrees with the others.
+/// How the last connect or sync stands: RS_OK (all ranks have connected or landed; also before the first), RS_IN_PROGRESS (also while one
+/// runs on another thread), or the error that it ended with. After an RS_IN_PROGRESS of rs_sync_weights() every rank calls it until it
+/// answers otherwise: it is what finds a passed deadline or a dead peer, ends what waits for them on the stream, and agrees with the
+/// others.
 ///
 /// Does not wait. Any thread, at any time, beside any other call.
 #[unsafe(no_mangle)]
@@ -233,8 +236,8 @@ pub unsafe extern "C" fn rs_container_describe(
 
 /// Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
 ///
-/// The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on all
-/// ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then).
+/// The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on
+/// all ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_container_destroy(container: *mut rs_container_t) {
     // SAFETY: what the comment asks of the caller.
@@ -314,9 +317,9 @@ pub unsafe extern "C" fn rs_preset_create(spec_json: *const c_char, rank: i32, o
 ///
 /// A framework's release or patch may hold a tensor in another way than the default. Where the spec does not give the member that says
 /// how, a parameter that fits another value decides it for the whole preset: mla_down_proj_cut, mla_down_proj_fusion, mla_weights,
-/// mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj,
-/// e_score_correction_bias_dtype and the padded vocabulary of vllm. So a rank's parameters may be bound in any order, but describe tells the final names and shapes only afterwards. Connect tells
-/// the other ranks what was found; rs_container_describe() lists all of it.
+/// mla_mm_split and the padded vocabulary of megatron; expert_storage, shared_experts, fused_qkv_a_proj, e_score_correction_bias_dtype
+/// and the padded vocabulary of vllm. So a rank's parameters may be bound in any order, but describe tells the final names and shapes
+/// only afterwards. Connect tells the other ranks what was found; rs_container_describe() lists all of it.
 ///
 /// - bind: copied, with its name and lists. The memory is borrowed by containers made from the preset, as rs_container_create() says.
 ///
@@ -359,9 +362,10 @@ pub unsafe extern "C" fn rs_preset_layout(preset: *const rs_preset_t, out: *mut 
 ///   "doubled" (copied to a second place after it arrived, as the target has it), "sent", "received"}, "peers": [{"rank", "sent",
 ///   "received"}], "moves", "plan_seconds"}.
 ///   RS_DESCRIBE_WORLD, what all ranks do: {"parameters" (elements of the model), "ranks", "bytes": {"landed" (what all targets hold,
-///   as the source has it), "sent", "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and "ingress": [{"stage", "ranks",
-///   "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds" (of messages, one of each pair),
-///   "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec has link_gb_per_s)}.
+///   as the source has it), "sent", "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and
+///   "ingress": [{"stage", "ranks", "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds"
+///   (of messages, one of each pair), "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec
+///   has link_gb_per_s)}.
 /// - buf, cap, len: as in rs_container_describe().
 ///
 /// Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no
@@ -395,14 +399,14 @@ pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
 /// - local: copied, with its name.
 /// - out: the new communicator, the caller's to destroy.
 ///
-/// Weights on GPUs: GPUs of a pair are the same or peers. Memory of cudaMalloc() is opened by its readers. So is memory that was mapped of
-/// allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are in recent
-/// releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the bus, pinned by
-/// its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such handles (that of vLLM's
-/// sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and read by peers only
-/// when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA does not say what happens else. Mapped
-/// memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it before the next one, which else
-/// refuses. Until that sync peers keep the former memory open, and its bytes allocated.
+/// Weights on GPUs: GPUs of a pair are the same or peers. Memory of cudaMalloc() is opened by its readers. So is memory that was mapped
+/// of allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are in
+/// recent releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the
+/// bus, pinned by its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such
+/// handles (that of vLLM's sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and
+/// read by peers only when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA does not say
+/// what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it
+/// before the next one, which else refuses. Until that sync peers keep the former memory open, and its bytes allocated.
 ///
 /// Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
 /// already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
@@ -461,8 +465,9 @@ pub unsafe extern "C" fn rs_comm_from_nccl(nccl_comm: *mut c_void, out: *mut *mu
     })
 }
 
-/// A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts it
-/// when a sync fails; the other ranks hear of that at their deadlines. NCCL is the libnccl.so.2 that the process has loaded, else the one that the dynamic loader finds.
+/// A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts
+/// it when a sync fails; the other ranks hear of that at their deadlines. NCCL is the libnccl.so.2 that the process has loaded, else the
+/// one that the dynamic loader finds.
 ///
 /// - unique_id, id_len: the 128 bytes that ncclGetUniqueId() gave one rank, which has sent them to the others.
 /// - rank, world: this rank, from 0, and the number of ranks. The GPU is the one that is current on this thread (cudaSetDevice()).
@@ -514,7 +519,8 @@ pub unsafe extern "C" fn rs_comm_destroy(comm: *mut rs_comm_t) {
 }
 
 /// Host memory that the processes of this host can read at memcpy's rate: weights that lie in it are not copied on their way to an
-/// rs_comm_local() peer, which may be a GPU's. Pin it with cudaHostRegister() to copy to and from it with a GPU of one's own. Zeroed, aligned to a page, all of it present.
+/// rs_comm_local() peer, which may be a GPU's. Pin it with cudaHostRegister() to copy to and from it with a GPU of one's own. Zeroed,
+/// aligned to a page, all of it present.
 ///
 /// - bytes: at least 1.
 /// - flags: 0.
@@ -561,8 +567,8 @@ pub extern "C" fn rs_last_error() -> *const c_char {
 /// Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
 /// returns, no thread is inside the former function any more.
 ///
-/// - function: called from any thread that is inside a call, and from that of RS_CONFIG_WATCHDOG, by several at once; its strings are valid during the call. It may not
-///   call this library. NULL: no lines.
+/// - function: called from any thread that is inside a call, and from that of RS_CONFIG_WATCHDOG, by several at once; its strings are
+///   valid during the call. It may not call this library. NULL: no lines.
 /// - user: its first argument.
 /// - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.
 ///

@@ -46,9 +46,10 @@
  * two may be destroyed in any order. Several containers may share a communicator, which then must sync one after the other, in the
  * same order on all ranks.
  *
- * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a
- * time. Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside
- * nothing. No thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use a handle of its parent.
+ * Threads. A function that takes a const handle may run beside others like it; a handle that is not const serves one thread at a time.
+ * Who comes second gets RS_ERR_BUSY. rs_container_poll() and rs_container_abort() run beside anything, and destroy beside nothing. No
+ * thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use
+ * a handle of its parent.
  *
  * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
  * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
@@ -67,9 +68,9 @@
  * and where streams cannot wait for words of memory (an old driver: the log says so), the call returns when all is done, on all ranks.
  * NULL is the device's default stream.
  *
- * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container
- * is given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context, which is that of cudaMalloc() and PyTorch.
- * Each call leaves the thread the context that it had.
+ * GPUs. Buffers of RS_DEVICE_CUDA and RS_DEVICE_CUDA_HOST are copied by the library itself: the CUDA driver is loaded when a container is
+ * given the first of them, or for a communicator of NCCL's, and never else. All of a container's are on one GPU, in its primary context,
+ * which is that of cudaMalloc() and PyTorch. Each call leaves the thread the context that it had.
  *
  * Units and codes. Shapes, extents and strides count elements; offsets and sizes count bytes; timeouts milliseconds. Element types
  * and devices have DLPack's codes. Strings are UTF-8 and end with NUL. What is long or changes often is JSON.

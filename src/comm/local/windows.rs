@@ -1,7 +1,8 @@
 //! What ranks let each other read, and how: mapped, through the kernel, or not at all.
 //!
 //! Blocks that lie in `rs_mem_alloc` memory are mapped by their reader. Other memory is read through the kernel where the caller forces
-//! that, and sent through rings otherwise. A device's memory is opened by the reader's device. Knows blocks, segments, ranks. Must not know what the blocks hold.
+//! that, and sent through rings otherwise. A device's memory is opened by the reader's device. Knows blocks, segments, ranks. Must not
+//! know what the blocks hold.
 
 use super::mesh::Mesh;
 use super::segment::{self, Segment};

@@ -6,9 +6,10 @@
 //!
 //! What is relied on, all of it documented with the driver's interface: CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR and _SIZE are of the
 //! mapping that an address lies in, not of all that was reserved with it (cuMemGetAddressRange does not say which of the two it means);
-//! CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID is the allocation's, as _BUFFER_ID is that of one with an IPC handle; a mapping begins at its allocation's first byte (cuMemMap takes no other
-//! offset); an allocation stays until its last handle and its last mapping in any process are gone. A driver that took the first
-//! otherwise would give two ids within what it calls a mapping, or, at the reader, refuse to map more than the allocation has.
+//! CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID is the allocation's, as _BUFFER_ID is that of one with an IPC handle; a mapping begins at its
+//! allocation's first byte (cuMemMap takes no other offset); an allocation stays until its last handle and its last mapping in any
+//! process are gone. A driver that took the first otherwise would give two ids within what it calls a mapping, or, at the reader, refuse
+//! to map more than the allocation has.
 
 use super::gpu::Gpu;
 use super::ipc::Opened;
