@@ -121,7 +121,7 @@ typedef int32_t rs_status_t;
 /** Another thread is inside a call on this handle: try again when it is done. */
 #define RS_ERR_BUSY -7
 
-/** Not now: the container is not connected, or has failed. */
+/** Not now: the container is not connected, or has failed, or its memory is gone. */
 #define RS_ERR_STATE -8
 
 /** A failed sync left this parameter half written; the next successful sync heals it. */
@@ -676,7 +676,8 @@ extern "C" {
  * - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
  * - layout: the tables; NULL with config.preset, which says the same of a known model. Copied, with all names. The weights themselves
  *   (`rs_buffer_t.data`, `rs_bind_t.data`) are borrowed: they stay where they are until rs_container_rebind() or
- *   rs_container_destroy(). A rank without weights gives tables of no rows.
+ *   rs_container_destroy(). A GPU's memory may be unmapped between two syncs and be mapped at the same addresses before the next one (an
+ *   engine that sleeps); a sync refuses to use what is not there (RS_ERR_STATE). A rank without weights gives tables of no rows.
  * - out: the new container, the caller's to destroy.
  *
  * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
@@ -764,7 +765,7 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  * nobody, and changes no parameter's state or version.
  *
  * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again;
- * a sync is in progress: poll; or a GPU's memory was freed or unmapped since it was bound, which nothing has touched then: rebind),
+ * a sync is in progress: poll; or a GPU's memory was freed, unmapped or replaced since it was bound: nothing moved, rebind),
  * RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
  * moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones, after which the
  * container needs a new communicator and a connect.
@@ -826,7 +827,8 @@ rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what
  * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
  *
  * The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on
- * all ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then).
+ * all ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then), as is what a
+ * refused sync has left on its stream, at most a second.
  */
 void rs_container_destroy(rs_container_t *container);
 
@@ -967,8 +969,8 @@ void rs_preset_destroy(rs_preset_t *preset);
  * recent releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the
  * bus, pinned by its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such
  * handles (that of vLLM's sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and
- * read by peers only when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA does not say
- * what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it
+ * read by peers only when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA leaves it
+ * undefined what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it
  * before the next one, which else refuses. Until that sync peers keep the former memory open, and its bytes allocated.
  *
  * Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
@@ -998,6 +1000,9 @@ rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_
  *   nobody else uses it during collective calls of this library, and from a sync's call until rs_container_poll() says that it has ended:
  *   NCCL wants the operations of a communicator in the same order on all ranks.
  * - out: the new communicator, the caller's to destroy.
+ *
+ * Where several ranks are threads of one process, NCCL may reach weights from another GPU, where they lie: those that are not from
+ * cudaMalloc() must be open to it (cudaMemPoolSetAccess(), cuMemSetAccess()), or NCCL_P2P_DIRECT_DISABLE be 1. Staging of the library's is.
  *
  * A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
  * library keeps what they use and asks the communicator nothing more. End it with ncclCommAbort(), wait for its streams, then free the

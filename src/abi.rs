@@ -33,7 +33,7 @@ pub const RS_ERR_AMBIGUOUS: rs_status_t = -5;
 pub const RS_ERR_TOO_SMALL: rs_status_t = -6;
 /// Another thread is inside a call on this handle: try again when it is done.
 pub const RS_ERR_BUSY: rs_status_t = -7;
-/// Not now: the container is not connected, or has failed.
+/// Not now: the container is not connected, or has failed, or its memory is gone.
 pub const RS_ERR_STATE: rs_status_t = -8;
 /// A failed sync left this parameter half written; the next successful sync heals it.
 pub const RS_ERR_TORN: rs_status_t = -9;

@@ -184,6 +184,10 @@ pub trait Windows: Sync {
     /// Tells each reader in `offers` which blocks of ours it may read, and learns what each of `owners` lets us read. Both lists are
     /// sorted by rank; a rank is in one's `offers` exactly where it has us in its `owners`. Windows of an earlier exchange end.
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened>;
+    /// Whether a rank is in another process, which opens memory for itself.
+    fn elsewhere(&self, _rank: u32) -> bool {
+        false
+    }
     /// All of the shared memory that a mapped block of host memory lies in, if it does, as a device can register it; mapped as long as
     /// the second part lives.
     fn mapping(&self, _block: Mem) -> Result<Option<(Mem, Kept)>> {

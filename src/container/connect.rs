@@ -58,7 +58,7 @@ pub(super) struct Connected {
     /// Syncs so far whose header was gathered: equal on all ranks.
     pub number: u64,
     pub links: Links,
-    /// Where this rank's memory lay when addresses were exchanged.
+    /// Whether this rank's memory is still there.
     pub ground: Ground,
     pub ready: Ready,
     /// Of the last subset, by its digest.
@@ -180,9 +180,10 @@ impl Container {
             (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
         let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
+        let planned = planned.and_then(|p| self.ground().map(|ground| (p, ground)));
         held(&mut self.stats).plan_seconds = begun.elapsed().as_secs_f64();
-        let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
-        let planned = planned?;
+        let peers = agree_outcome(comm, planned.as_ref().map(|(p, _)| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
+        let (planned, ground) = planned?;
 
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
@@ -215,7 +216,7 @@ impl Container {
             captured: false,
             number: 0,
             links: Links::default(),
-            ground: Ground::default(),
+            ground,
             ready: Ready::default(),
             subset: None,
         };
@@ -363,6 +364,12 @@ impl Container {
                 }
                 c.links.granted.push((reader, row, access));
             }
+            let elsewhere = c.links.granted.iter().filter(|granted| windows.elsewhere(granted.0));
+            let lent = elsewhere.flat_map(|(_, row, access)| row.iter().zip(access).filter(|(_, a)| **a == Access::Mapped));
+            let mut lent: Vec<u32> = lent.map(|(&row, _)| row).collect();
+            lent.sort_unstable();
+            lent.dedup();
+            c.ground.lend(&*self.device, &self.mems, &lent)?;
             for ((owner, row), mut list) in owners.into_iter().zip(wanted).zip(opened.windows) {
                 if list.len() != row.len() {
                     bail!(RS_ERR_PEER, "rank {owner} offered {} buffers where the plan reads {}", list.len(), row.len());
@@ -375,9 +382,6 @@ impl Container {
                 c.links.windows.push(list);
             }
         }
-        let granted = c.links.granted.iter().flat_map(|(_, row, access)| row.iter().zip(access));
-        let lent = granted.filter(|(_, access)| **access == Access::Mapped).map(|(&row, _)| row).collect();
-        c.ground = Ground::new(&*self.device, &self.mems, &lent)?;
         c.ready = self.ready(comm, c, None)?;
         if let Some(pipe) = comm.pipe() {
             let lanes = &c.work().lanes;

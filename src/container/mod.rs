@@ -29,7 +29,7 @@ pub use state::{Control, Param};
 use state::{ParamState, Stats};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a container is made with; defaults are already filled in.
 pub struct Config {
@@ -305,6 +305,11 @@ impl Drop for Container {
         // While all that they use is there.
         self.disconnect(Phase::Created);
         self.graphs.clear();
+        // What a refused sync has left on a stream ends with what is before it there, as a rule soon.
+        let until = Instant::now() + flight::LAST;
+        while self.wrecks.iter().any(|wreck| !wreck.stuck().over()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_micros(100));
+        }
         self.wrecks.clear();
     }
 }

@@ -3,6 +3,7 @@
 
 use super::connect::{Connected, Ready};
 use super::flight::{Flight, Step, Stuck, Turn, Wreck, mark};
+use super::ground::Ground;
 use super::{Broken, Container, Phase, Sync, held, lock};
 use crate::abi::*;
 use crate::comm::{Comm, Deadline};
@@ -160,7 +161,8 @@ impl Container {
         let ready = captured.clone().and_then(|_| self.behind(c, request.stream));
         // Before the header: whoever has that, may let its stream wait for ours.
         let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
-        let subset = ready.and_then(|()| self.grounded(c, comm.rank())).and_then(|()| self.subset(c, request));
+        let subset = ready.and_then(|()| self.subset(c, request));
+        let subset = subset.and_then(|s| self.grounded(c, comm.rank(), s.as_deref()).map(|()| s));
         let header = self.header(c, request, &subset);
         let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
         // A stream that was refused has nothing of ours.
@@ -275,7 +277,8 @@ impl Container {
         // What the caller's stream still does to the sources, others must not read.
         let ready = self.capturing(c, request).and_then(|_| self.behind(c, request.stream));
         let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));
-        let subset = ready.and_then(|()| self.grounded(c, comm.rank())).and_then(|()| self.subset(c, request));
+        let subset = ready.and_then(|()| self.subset(c, request));
+        let subset = subset.and_then(|s| self.grounded(c, comm.rank(), s.as_deref()).map(|()| s));
         let mine = self.header(c, request, &subset);
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
@@ -352,12 +355,27 @@ impl Container {
         moved
     }
 
-    /// An error if memory is gone that this container was bound to. After a rebind the exchange of addresses looks at what is new.
-    fn grounded(&self, c: &Connected, me: u32) -> Result<()> {
+    /// An error if memory is gone that this sync uses.
+    fn grounded(&self, c: &mut Connected, me: u32, subset: Option<&[bool]>) -> Result<()> {
         if c.bindings.get(me as usize) != Some(&self.binding) {
+            c.ground = self.ground()?;
             return Ok(());
         }
-        c.ground.check(&*self.device, |row| &self.layout.buffers()[row as usize].name)
+        let mut chosen = vec![subset.is_none(); self.mems.len()];
+        for tile in self.layout.tiles().iter().filter(|_| subset.is_some()) {
+            chosen[tile.buffer as usize] |= subset.is_some_and(|s| s[c.ordinals[tile.tensor as usize] as usize]);
+        }
+        c.ground.check(&*self.device, |row| chosen.get(row as usize).is_none_or(|&c| c), |row| self.buffer_name(row))
+    }
+
+    /// What this container is bound to now, all of which is there.
+    pub(super) fn ground(&self) -> Result<Ground> {
+        let ground = Ground::new(&*self.device, &self.mems, self.staging_at)?;
+        ground.check(&*self.device, |_| true, |row| self.buffer_name(row)).map(|()| ground)
+    }
+
+    fn buffer_name(&self, row: u32) -> &str {
+        self.layout.buffers().get(row as usize).map_or("config.staging", |b| &b.name)
     }
 
     /// The tensors of `only`, by ordinal.

@@ -101,13 +101,17 @@ pub trait Device: Send + Sync {
     fn import(&self, _export: &Export) -> Result<Imported> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot open memory of another process", self.name())
     }
-    /// The allocations, or their pieces, in which blocks of memory lie, as far as it tells them apart.
-    fn allocations(&self, _blocks: &[Mem]) -> Result<Vec<Held>> {
+    /// Places by which [`Device::missing`] tells later whether the allocations are still there in which blocks of its own memory lie.
+    fn held(&self, _blocks: &[Mem]) -> Result<Vec<Held>> {
         Ok(vec![])
     }
-    /// The number of the allocation at an address; 0: there is none.
-    fn allocation(&self, _at: u64) -> Result<u64> {
-        Ok(0)
+    /// The same of memory that is mapped piece by piece and open elsewhere: whether it is still the same.
+    fn held_open(&self, _blocks: &[Mem]) -> Result<Vec<Held>> {
+        Ok(vec![])
+    }
+    /// The first of these places where nothing is any more, or another allocation than was there.
+    fn missing(&self, _held: &[&Held]) -> Result<Option<Missing>> {
+        Ok(None)
     }
     /// Lets its streams use a block of host memory at the host's address, until what this gives is dropped.
     fn register(&self, _host: Mem) -> Result<Registered> {
@@ -218,14 +222,33 @@ pub struct Export {
     pub len: u64,
 }
 
-/// An allocation in which blocks of memory lie.
+/// A place in an allocation.
 pub struct Held {
-    /// Where it, or a piece of it, begins.
+    /// An address in the first of the blocks.
     pub at: u64,
-    /// Its number, which no other one of the process has had.
-    pub number: u64,
-    /// The first of the blocks that lies in it.
-    pub block: usize,
+    /// What the allocation is known by there.
+    pub identity: Identity,
+    /// Blocks that lie in it, by their place in the list.
+    pub blocks: Vec<u32>,
+}
+
+/// What an allocation is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// Nothing: another one would do as well.
+    Any,
+    /// The number of the whole.
+    Whole(u64),
+    /// The number of a piece that is mapped.
+    Piece(u64),
+}
+
+/// What [`Device::missing`] finds.
+pub struct Missing {
+    /// Which of those that were asked for.
+    pub which: usize,
+    /// Whether another allocation is there.
+    pub replaced: bool,
 }
 
 /// What other processes of the host need to open blocks of memory.

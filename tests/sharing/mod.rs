@@ -1,6 +1,8 @@
 //! Trainer and engine as processes of one GPU: the engine reads the trainer's memory through the driver, however that was allocated;
 //! where other processes cannot open it, both are told what to do.
 
+mod gone;
+
 use super::*;
 use reshard::device::cuda::CudaDevice;
 use reshard::device::{Allocation, Device, Export, Mem, Piece};
@@ -27,6 +29,19 @@ fn child() {
         fail_in(&std::ffi::CString::new(name).unwrap(), n.parse().expect("which call"));
     }
     let said = (|| -> Result<(), Failure> {
+        if std::env::var("RESHARD_CUDA_RENEW").is_ok() {
+            container.connect()?;
+            container.sync(90, None)?;
+            // The owner's first. The reader's own may be others at any time.
+            memory.renew();
+            let e = container.sync(91, None).expect_err("the source is not the one that is open");
+            let (status, text) = [(RS_ERR_STATE, "was replaced by another allocation"), (RS_ERR_MISMATCH, "rank 0 refused")][r];
+            assert!(e.status == status && e.text.contains(text), "{e}");
+            if r == 0 {
+                container.rebind(&tables)?;
+            }
+            container.sync(92, None)?;
+        }
         // Again, as after a rebind: what was open is closed.
         for round in 0..2 {
             container.connect()?;
@@ -127,6 +142,15 @@ fn processes_share_a_gpu() {
         Pair::of(&MAPPED[..1]).moves();
     } else {
         Pair::of(&MAPPED).refused(&["driver is too old"]);
+    }
+}
+
+/// A trainer that unmaps its weights and maps others at the same addresses, as one that offloads.
+#[test]
+fn what_is_open_elsewhere_is_not_replaced_unseen() {
+    let Some(_alone) = alone() else { return };
+    if mappings() {
+        Pair::of(&[MAPPED[0], MAPPED[1], ("RESHARD_CUDA_RENEW", "1"), ("STANDIN_UNMAPPED", "ok")]).moves();
     }
 }
 

@@ -166,6 +166,7 @@ static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int w
         return CUDA_SUCCESS;
     };
     bool device = region && region->on_device();
+    if (which >= 18 && which <= 20 && !find_symbol("cuMemRetainAllocationHandle")) return CUDA_ERROR_INVALID_VALUE; // older drivers
     switch (which) {
     case 1: {
         bool of_context = region && region->kind != Kind::Pool && region->kind != Kind::Mapped;

@@ -37,12 +37,14 @@ EXPORT CUresult cuMemPoolCreate(CUmemoryPool *out, const CUmemPoolProps *props) 
 // What it gave stays until it is released.
 EXPORT CUresult cuMemPoolDestroy(CUmemoryPool handle) {
     BEGIN_RELEASE;
+    call.safe_in_capture();
     PoolPtr pool = pool_of(call, handle);
     return state().pools.erase(pool) ? call.injected : static_cast<CUresult>(CUDA_ERROR_INVALID_VALUE); // the default one
 }
 
 EXPORT CUresult cuMemPoolSetAccess(CUmemoryPool pool, const CUmemAccessDesc *list, size_t count) {
     BEGIN;
+    call.safe_in_capture();
     PoolPtr found = pool_of(call, pool);
     for (size_t each = 0; each < count; each++) {
         Device *peer = device_of(list[each].location.id);

@@ -69,11 +69,13 @@ gpu=src/device/cuda/gpu.rs
 mutation context-restored $gpu '(self.gpu.api.cuCtxPopCurrent_v2)(&mut popped);' 'let _: &mut CUcontext = &mut popped;'
 mutation captures-spared $gpu 'CU_STREAM_CAPTURE_MODE_RELAXED' 'CU_STREAM_CAPTURE_MODE_GLOBAL'
 mutation context-released $gpu 'unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.handle) };' 'let _ = self.handle;'
-mutation pool-destroyed src/device/cuda/pool.rs 'unsafe { (self.calls.cuMemPoolDestroy)(self.handle) };' 'let _ = self.handle;'
-mutation pool-opened $gpu 'gpu.open_to(&other)?;' '' standin nccl
-mutation pools-opened $gpu 'other.open_to(&gpu)?;' '' standin nccl
-mutation memory-gone src/container/ground.rs '0 => "was freed' 'u64::MAX => "was freed' standin cuda
-mutation memory-another src/container/ground.rs '_ if lot.lent =>' '_ if false =>' standin cuda
+mutation pool-destroyed $gpu 'pool.destroy();' ''
+mutation pool-opened $gpu 'gpu.open_to(&other);' '' standin nccl
+mutation pools-opened $gpu 'other.open_to(&gpu);' '' standin nccl
+held=src/device/cuda/held.rs
+mutation memory-gone $held 'if !is_own(gpu, &now) {' 'if false {' standin cuda
+mutation memory-another $held 'Identity::Whole(id) => now.named && now.id == id,' 'Identity::Whole(_) => true,' standin cuda
+mutation pieces-another $held 'Identity::Piece(id) => !now.named && current.mapping(place.at)?.id == id,' 'Identity::Piece(_) => true,' standin cuda
 mutation lists-freed src/device/cuda/lists.rs 'self.gpu.free(self.at);' ''
 mutation event-destroyed src/device/cuda/mod.rs 'self.gpu.destroy(event.0);' 'let _ = event;'
 mutation stream-destroyed $gpu '(self.api.cuStreamDestroy_v2)(self.stream);' ''

@@ -66,13 +66,14 @@ static void check_overlap(const NcclCall &call, const std::vector<Half> &halves)
     }
 }
 
-// Ranks of one process reach each other's buffers directly: NCCL opens what is from cuMemAlloc to its peers, pools it leaves as they are.
+// Ranks of one process reach each other's buffers directly: NCCL opens what is from cuMemAlloc to its peers, and leaves the rest as it is.
 static void check_peer(const NcclCall &call, const Batch &batch, const Half &half) {
     RegionPtr region = find_region(half.address);
-    if (!region || !region->pool) return;
+    if (!region || (!region->pool && region->kind != Kind::Mapped)) return;
     const Device *home = region->context->device, *peer = batch.comm->world->ranks[half.peer]->context->device;
-    if (peer != home && can_access(peer, home) && !region->pool->access.count(peer))
-        violation("NCCL-PEER-ACCESS", "%s: memory at 0x%llx is of a pool that is not open to GPU %d, on which rank %d is", call.name,
+    const auto &open = region->pool ? region->pool->access : region->access;
+    if (peer != home && can_access(peer, home) && !open.count(peer))
+        violation("NCCL-PEER-ACCESS", "%s: memory at 0x%llx is of a pool, or mapped, and not open to GPU %d, on which rank %d is", call.name,
                   number(half.address), peer->ordinal, half.peer);
 }
 

@@ -190,6 +190,10 @@ impl Windows for Local {
         windows::exchange(&self.mesh, &self.mapped, self.force, offers, owners, deadline)
     }
 
+    fn elsewhere(&self, rank: u32) -> bool {
+        self.mesh.link(rank).is_ok_and(|link| link.socket.peer.pid != std::process::id() as i32)
+    }
+
     fn mapping(&self, block: Mem) -> Result<Option<(Mem, Kept)>> {
         self.mapped.whole(block)
     }

@@ -25,21 +25,27 @@ const PER_THREAD: Stream = 2;
 /// What the driver knows of an address.
 pub struct Address {
     /// CU_MEMORYTYPE_*; 0: it knows nothing.
-    kind: u32,
+    pub kind: u32,
     /// The GPU that it belongs to.
-    ordinal: i32,
+    pub ordinal: i32,
     /// Whether it is managed memory, which the driver moves between GPUs and host.
-    managed: bool,
+    pub managed: bool,
     /// Whether it is of an allocation that has an IPC handle.
     pub named: bool,
+    /// Of the allocation, which no other one of the process has had.
+    pub id: u64,
+}
+
+/// What the driver knows of an address in mapped memory.
+pub struct Mapping {
     /// Whether it is of a stream-ordered pool.
     pub pool: bool,
     /// Kinds of handles for other processes that its allocation was created for.
     pub handles: c_uint,
-    /// Where the mapping begins that it lies in, and its length in bytes.
+    /// Where the mapping begins, and its length in bytes.
     pub base: CUdeviceptr,
     pub len: u64,
-    /// Of the allocation, which no other one of the process has had.
+    /// Of what is mapped.
     pub id: u64,
 }
 
@@ -100,8 +106,8 @@ impl Gpu {
         let gpu = Arc::new(Gpu::new(ordinal)?);
         all.retain(|g| g.0 != ordinal);
         for other in all.iter().filter_map(|g| g.1.upgrade()) {
-            gpu.open_to(&other)?;
-            other.open_to(&gpu)?;
+            gpu.open_to(&other);
+            other.open_to(&gpu);
         }
         all.push((ordinal, Arc::downgrade(&gpu)));
         Ok(gpu)
@@ -147,9 +153,10 @@ impl Gpu {
         }
         self.processors = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let pools = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? != 0;
-        self.pool = api.pools.as_ref().filter(|_| pools).map(|calls| Pool::new(self, calls)).transpose()?;
-        if self.pool.is_none() {
-            log::info!("cuda:{}: no stream-ordered memory pool; staging comes from cuMemAlloc", self.ordinal);
+        match api.pools.as_ref().filter(|_| pools).map(|calls| Pool::new(self, calls)) {
+            Some(Ok(pool)) => self.pool = Some(pool),
+            Some(Err(e)) => log::warn!("cuda:{}: no memory pool ({e}); staging comes from cuMemAlloc", self.ordinal),
+            None => log::info!("cuda:{}: no stream-ordered memory pool; staging comes from cuMemAlloc", self.ordinal),
         }
         self.host_addresses = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0;
         let words = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS)? != 0 && self.host_addresses;
@@ -349,44 +356,14 @@ impl Gpu {
         }
     }
 
+    /// What the driver knows of an address. Of one that is none of its own that is no error.
     pub fn about(&self, at: u64) -> Result<Address> {
-        const ASKED: [About; 10] = [
-            About::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
-            About::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
-            About::CU_POINTER_ATTRIBUTE_IS_MANAGED,
-            About::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
-            About::CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE,
-            About::CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES,
-            About::CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR,
-            About::CU_POINTER_ATTRIBUTE_MAPPING_SIZE,
-            About::CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID,
-            About::CU_POINTER_ATTRIBUTE_BUFFER_ID,
-        ];
-        let mut asked = ASKED.map(|a| a as c_int);
-        let mut words = [[0u8; 8]; ASKED.len()];
-        let mut answers = words.each_mut().map(|word| word.as_mut_ptr().cast::<c_void>());
-        let _current = self.current()?;
-        // SAFETY: so many attributes, each with a place for the answer, of which none is longer than 8 bytes; an address that is none of
-        // the driver's is no error.
-        let answer =
-            unsafe { (self.api.cuPointerGetAttributes)(asked.len() as c_uint, asked.as_mut_ptr(), answers.as_mut_ptr(), at) };
-        self.api.done("cuPointerGetAttributes", answer)?;
-        let whole = |i: usize| u64::from_ne_bytes(words[i]);
-        let int = |i: usize| u32::from_ne_bytes([words[i][0], words[i][1], words[i][2], words[i][3]]);
-        // A truth value has one byte or four.
-        let truth = |i: usize| words[i][..4].iter().any(|&b| b != 0);
-        let named = truth(3);
-        Ok(Address {
-            kind: int(0),
-            ordinal: int(1) as i32,
-            managed: truth(2),
-            named,
-            pool: whole(4) != 0,
-            handles: int(5),
-            base: whole(6),
-            len: whole(7),
-            id: whole(if named { 9 } else { 8 }),
-        })
+        self.current()?.about(at)
+    }
+
+    /// What the driver knows of an address in mapped memory; older ones do not answer.
+    pub fn mapping(&self, at: u64) -> Result<Mapping> {
+        self.current()?.mapping(at)
     }
 
     /// Whether it can reach the memory of another one.
@@ -418,6 +395,59 @@ impl Gpu {
     }
 }
 
+impl Current<'_> {
+    /// See [`Gpu::about`].
+    pub fn about(&self, at: u64) -> Result<Address> {
+        let words = self.ask(
+            at,
+            [
+                About::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                About::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                About::CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                About::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
+                About::CU_POINTER_ATTRIBUTE_BUFFER_ID,
+            ],
+        )?;
+        let [kind, ordinal, managed, named, id] = words;
+        // A truth value has one byte or four.
+        let truth = |word: [u8; 8]| int(word) != 0;
+        Ok(Address {
+            kind: int(kind),
+            ordinal: int(ordinal) as i32,
+            managed: truth(managed),
+            named: truth(named),
+            id: u64::from_ne_bytes(id),
+        })
+    }
+
+    /// See [`Gpu::mapping`].
+    pub fn mapping(&self, at: u64) -> Result<Mapping> {
+        let words = self.ask(
+            at,
+            [
+                About::CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE,
+                About::CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES,
+                About::CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR,
+                About::CU_POINTER_ATTRIBUTE_MAPPING_SIZE,
+                About::CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID,
+            ],
+        )?;
+        let [pool, handles, base, len, id] = words;
+        let whole = u64::from_ne_bytes;
+        Ok(Mapping { pool: whole(pool) != 0, handles: int(handles), base: whole(base), len: whole(len), id: whole(id) })
+    }
+
+    /// Attributes of an address, none of which is longer than 8 bytes.
+    fn ask<const N: usize>(&self, at: u64, attributes: [About; N]) -> Result<[[u8; 8]; N]> {
+        let mut asked = attributes.map(|a| a as c_int);
+        let mut words = [[0u8; 8]; N];
+        let mut answers = words.each_mut().map(|word| word.as_mut_ptr().cast::<c_void>());
+        // SAFETY: so many attributes, each with a place for the answer.
+        let answer = unsafe { (self.gpu.api.cuPointerGetAttributes)(N as c_uint, asked.as_mut_ptr(), answers.as_mut_ptr(), at) };
+        self.gpu.api.done("cuPointerGetAttributes", answer).map(|()| words)
+    }
+}
+
 impl Drop for Gpu {
     fn drop(&mut self) {
         if let Some(_current) = self.current_again() {
@@ -429,11 +459,18 @@ impl Drop for Gpu {
                     (self.api.cuModuleUnload)(self.module);
                 }
             }
+            if let Some(pool) = &self.pool {
+                pool.destroy();
+            }
         }
-        drop(self.pool.take());
         // SAFETY: retained once, in `new`.
         unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.handle) };
     }
+}
+
+/// An answer of 4 bytes.
+fn int(word: [u8; 8]) -> u32 {
+    u32::from_ne_bytes([word[0], word[1], word[2], word[3]])
 }
 
 /// A stream as the driver names it: NULL is its default stream.

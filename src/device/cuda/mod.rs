@@ -12,13 +12,16 @@
 mod api;
 pub mod batch;
 mod gpu;
+mod held;
 mod ipc;
 mod lists;
 mod own;
 mod pieces;
 mod pool;
 
-use super::{Batch, Copies, Device, Event, Export, Held, Imported, Job, Mem, OwnStream, Prepare, Registered, Signals, Stream};
+use super::{
+    Batch, Copies, Device, Event, Export, Held, Imported, Job, Mem, Missing, OwnStream, Prepare, Registered, Signals, Stream,
+};
 use crate::abi::*;
 use crate::error::{Result, bail};
 pub(crate) use api::{open, symbol};
@@ -96,12 +99,16 @@ impl Device for CudaDevice {
         self.named(ipc::import(&self.gpu, export))
     }
 
-    fn allocations(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
-        self.named(pieces::allocations(&self.gpu, blocks))
+    fn held(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
+        self.named(held::whole(&self.gpu, blocks))
     }
 
-    fn allocation(&self, at: u64) -> Result<u64> {
-        self.named(self.gpu.about(at)).map(|found| found.id)
+    fn held_open(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
+        self.named(held::pieces(&self.gpu, blocks))
+    }
+
+    fn missing(&self, held: &[&Held]) -> Result<Option<Missing>> {
+        self.named(held::missing(&self.gpu, held))
     }
 
     fn register(&self, host: Mem) -> Result<Registered> {

@@ -4,23 +4,21 @@
 //! them one behind the other, and a block lies in one or more. One that was created for it has a descriptor; a process that gets that
 //! maps the same memory at an address of its own.
 //!
-//! What is relied on, all of it documented with the driver's interface: CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR and _SIZE are of the
-//! mapping that an address lies in, not of all that was reserved with it (cuMemGetAddressRange does not say which of the two it means);
-//! CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID is the allocation's, as _BUFFER_ID is that of one with an IPC handle; a mapping begins at its
-//! allocation's first byte (cuMemMap takes no other offset); an allocation stays until its last handle and its last mapping in any
-//! process are gone. A driver that took the first otherwise would give two ids within what it calls a mapping, or, at the reader, refuse
-//! to map more than the allocation has.
+//! What is relied on, as cuda.h has it: CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR and _SIZE are of the mapping that an address lies in, not
+//! of all that was reserved with it; CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID is the allocation's; a mapping begins at its allocation's first
+//! byte (cuMemMap takes no other offset); an allocation stays until its last handle and its last mapping in any process are gone. A driver
+//! that took the first otherwise would give two ids within what it calls a mapping, or, at the reader, refuse to map more than the
+//! allocation has.
 
 use super::gpu::Gpu;
 use super::ipc::Opened;
 use crate::abi::*;
-use crate::device::{Held, Mem, Piece};
+use crate::device::Piece;
 use crate::error::{Error, Result, bail, err};
 use cudarc::driver::sys::{
     CUdeviceptr, CUmemAccess_flags, CUmemAccessDesc, CUmemAllocationHandleType, CUmemGenericAllocationHandle, CUmemLocation,
     CUmemLocationType,
 };
-use std::collections::BTreeMap;
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -29,43 +27,8 @@ use std::sync::Arc;
 /// A descriptor of the process, as the driver calls it.
 const DESCRIPTOR: c_uint = CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR.0;
 
-/// The allocations, or their pieces, in which blocks of the GPU's own memory lie.
-pub fn allocations(gpu: &Gpu, blocks: &[Mem]) -> Result<Vec<Held>> {
-    let mut known: BTreeMap<CUdeviceptr, (u64, Held)> = BTreeMap::new();
-    for (block, mem) in blocks.iter().enumerate().filter(|(_, mem)| mem.kind() == (RS_DEVICE_CUDA, gpu.ordinal)) {
-        let (mut at, end) = (mem.addr() as u64, (mem.addr() + mem.len()) as u64);
-        while at < end {
-            let lies_in = |base: u64, len: u64| at.checked_sub(base).is_some_and(|offset| offset < len);
-            let before = known.range(..=at).next_back().map(|(&base, found)| (base, found.0));
-            let (base, len) = match before.filter(|&(base, len)| lies_in(base, len)) {
-                Some(found) => found,
-                None => {
-                    let place = gpu.about(at)?;
-                    let (base, len) = if place.named { gpu.range(at)? } else { (place.base, place.len) };
-                    // What the driver says nothing of, it says nothing of later.
-                    if place.id == 0 || !lies_in(base, len) {
-                        break;
-                    }
-                    known.insert(base, (len, Held { at: base, number: place.id, block }));
-                    (base, len)
-                }
-            };
-            at = base.saturating_add(len);
-        }
-    }
-    Ok(known.into_values().map(|found| found.1).collect())
-}
-
 /// The piece that an address lies in, and where it is mapped. An error says why other processes cannot open it.
 pub fn piece(gpu: &Gpu, at: CUdeviceptr) -> Result<(CUdeviceptr, Piece)> {
-    let place = gpu.about(at)?;
-    if place.pool {
-        bail!(
-            RS_ERR_UNSUPPORTED,
-            "it is from a stream-ordered pool (cudaMallocAsync), which other processes cannot open; use cudaMalloc(), or \
-             rs_comm_from_nccl() with a GPU for each rank"
-        );
-    }
     let Some(calls) = &gpu.api.mappings else {
         bail!(
             RS_ERR_UNSUPPORTED,
@@ -73,6 +36,14 @@ pub fn piece(gpu: &Gpu, at: CUdeviceptr) -> Result<(CUdeviceptr, Piece)> {
              each rank"
         );
     };
+    let place = gpu.mapping(at)?;
+    if place.pool {
+        bail!(
+            RS_ERR_UNSUPPORTED,
+            "it is from a stream-ordered pool (cudaMallocAsync), which other processes cannot open; use cudaMalloc(), or \
+             rs_comm_from_nccl() with a GPU for each rank"
+        );
+    }
     if place.handles & DESCRIPTOR == 0 {
         bail!(
             RS_ERR_UNSUPPORTED,
@@ -87,7 +58,7 @@ pub fn piece(gpu: &Gpu, at: CUdeviceptr) -> Result<(CUdeviceptr, Piece)> {
     let Some(last) = place.base.checked_add(place.len).filter(|_| inside).map(|end| end - 1) else {
         bail!(RS_ERR_DEVICE, "the driver says that it lies in {} bytes at {:#x}, where it does not", place.len, place.base);
     };
-    if gpu.about(last)?.id != place.id {
+    if gpu.mapping(last)?.id != place.id {
         bail!(
             RS_ERR_UNSUPPORTED,
             "this driver does not tell the allocations apart that are mapped at {:#x}; use rs_comm_from_nccl() with a GPU for each rank",

@@ -36,15 +36,15 @@ impl Pool {
             reserved: [0; 54],
         };
         let mut handle = ptr::null_mut();
+        let _current = gpu.current()?;
         // SAFETY: writes its one result; the description outlives the call.
         gpu.api.done("cuMemPoolCreate", unsafe { (calls.cuMemPoolCreate)(&mut handle, &wanted) })?;
         Ok(Pool { calls, handle })
     }
-}
 
-impl Drop for Pool {
-    fn drop(&mut self) {
-        // SAFETY: made once; what it gave goes back to the device as its streams release it.
+    /// In its GPU's context, once; what it gave goes back to the device as its streams release it.
+    pub fn destroy(&self) {
+        // SAFETY: nothing is asked of it any more.
         unsafe { (self.calls.cuMemPoolDestroy)(self.handle) };
     }
 }
@@ -87,16 +87,23 @@ impl Gpu {
 
     /// Lets another GPU of this process use what [`Gpu::alloc`] gives and has given here, if it can. What comes from cuMemAlloc is
     /// opened by whoever uses it, with peer access.
-    pub fn open_to(&self, other: &Gpu) -> Result<()> {
-        let Some(pool) = &self.pool else { return Ok(()) };
-        if !other.is_peer_of(self.handle)? {
-            return Ok(());
-        }
+    pub fn open_to(&self, other: &Gpu) {
+        let Some(pool) = &self.pool else { return };
         let access = CUmemAccessDesc { location: on(other.ordinal), flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
-        // SAFETY: the description outlives the call.
-        let answer = unsafe { (pool.calls.cuMemPoolSetAccess)(pool.handle, &access, 1) };
-        self.api
-            .done("cuMemPoolSetAccess", answer)
-            .map_err(|e| e.context(format_args!("memory of cuda:{} for cuda:{}, which can reach it", self.ordinal, other.ordinal)))
+        let opened = other.is_peer_of(self.handle).and_then(|is_peer| {
+            if !is_peer {
+                return Ok(());
+            }
+            let _current = self.current()?;
+            // SAFETY: the description outlives the call.
+            self.api.done("cuMemPoolSetAccess", unsafe { (pool.calls.cuMemPoolSetAccess)(pool.handle, &access, 1) })
+        });
+        if let Err(e) = opened {
+            log::warn!(
+                "cuda:{}: its staging is not open to cuda:{} ({e}); NCCL between the two in this process needs NCCL_P2P_DIRECT_DISABLE=1",
+                self.ordinal,
+                other.ordinal
+            );
+        }
     }
 }
