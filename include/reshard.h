@@ -675,9 +675,9 @@ extern "C" {
  *
  * - config: how to work. Copied, with config.device and config.name; a reference of its own is taken on config.comm.
  * - layout: the tables; NULL with config.preset, which says the same of a known model. Copied, with all names. The weights themselves
- *   (`rs_buffer_t.data`, `rs_bind_t.data`) are borrowed: they stay where they are until rs_container_rebind() or
- *   rs_container_destroy(). A GPU's memory may be unmapped between two syncs and be mapped at the same addresses before the next one (an
- *   engine that sleeps); a sync refuses to use what is not there (RS_ERR_STATE). A rank without weights gives tables of no rows.
+ *   (`rs_buffer_t.data`, `rs_bind_t.data`) are borrowed: they stay where they are until rs_container_rebind() or rs_container_destroy().
+ *   A GPU's memory that no other process reads may be unmapped between two syncs and mapped at the same addresses before the next one
+ *   (an engine that sleeps); a sync refuses to use what is not there (RS_ERR_STATE). A rank without weights gives tables of no rows.
  * - out: the new container, the caller's to destroy.
  *
  * Local: asks no other rank. Errors: RS_ERR_INVALID, RS_ERR_UNKNOWN_FIELD, RS_ERR_UNSUPPORTED (transforms, memory of a device that
@@ -696,9 +696,9 @@ rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *la
  * Collective: every rank of the communicator calls it, a rank without weights too. Waits for the others, at most
  * `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
  *
- * Errors: RS_ERR_STATE (no communicator), RS_ERR_COVERAGE (an element that no rank holds: names parameter and box),
- * RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another world spec or version of this library on some rank),
- * RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
+ * Errors: RS_ERR_STATE (no communicator, or memory for others to open is gone), RS_ERR_COVERAGE (an element that no rank holds: names
+ * parameter and box), RS_ERR_LAYOUT, RS_ERR_MISMATCH (one tensor with two shapes or dtypes, another world spec or version of this
+ * library on some rank), RS_ERR_UNSUPPORTED, RS_ERR_BUSY, and the fatal ones.
  */
 rs_status_t rs_container_connect(rs_container_t *container);
 
@@ -765,7 +765,7 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  * nobody, and changes no parameter's state or version.
  *
  * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again;
- * a sync is in progress: poll; or a GPU's memory was freed, unmapped or replaced since it was bound: nothing moved, rebind),
+ * a sync is in progress: poll; or GPU memory that it uses was freed, unmapped or replaced since it was bound: nothing moved, rebind),
  * RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
  * moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones, after which the
  * container needs a new communicator and a connect.
@@ -827,8 +827,8 @@ rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what
  * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
  *
  * The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on
- * all ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then), as is what a
- * refused sync has left on its stream, at most a second.
+ * all ranks, and what GPUs have begun of it is waited for, at most 6 seconds (rs_sync_weights() says what may still run then), as is
+ * what a refused sync has left on its stream, at most a second.
  */
 void rs_container_destroy(rs_container_t *container);
 
@@ -970,8 +970,9 @@ void rs_preset_destroy(rs_preset_t *preset);
  * bus, pinned by its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such
  * handles (that of vLLM's sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and
  * read by peers only when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA leaves it
- * undefined what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads): rs_container_rebind() it
- * before the next one, which else refuses. Until that sync peers keep the former memory open, and its bytes allocated.
+ * undefined what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads):
+ * rs_container_rebind() it before the next one, which else refuses. Until that sync peers keep the former memory open, and its bytes
+ * allocated.
  *
  * Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
  * already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
@@ -1002,7 +1003,8 @@ rs_status_t rs_comm_loopback(uint64_t hub, int32_t rank, int32_t world, rs_comm_
  * - out: the new communicator, the caller's to destroy.
  *
  * Where several ranks are threads of one process, NCCL may reach weights from another GPU, where they lie: those that are not from
- * cudaMalloc() must be open to it (cudaMemPoolSetAccess(), cuMemSetAccess()), or NCCL_P2P_DIRECT_DISABLE be 1. Staging of the library's is.
+ * cudaMalloc() must be open to it (cudaMemPoolSetAccess(), cuMemSetAccess()), or NCCL_P2P_DIRECT_DISABLE be 1. The library's staging is,
+ * unless the log warns.
  *
  * A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
  * library keeps what they use and asks the communicator nothing more. End it with ncclCommAbort(), wait for its streams, then free the

@@ -58,8 +58,8 @@ pub(super) struct Connected {
     /// Syncs so far whose header was gathered: equal on all ranks.
     pub number: u64,
     pub links: Links,
-    /// Whether this rank's memory is still there.
-    pub ground: Ground,
+    /// What other processes have open of this rank's.
+    pub lent: Ground,
     pub ready: Ready,
     /// Of the last subset, by its digest.
     pub subset: Option<(u64, Ready)>,
@@ -180,10 +180,10 @@ impl Container {
             (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
         let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
-        let planned = planned.and_then(|p| self.ground().map(|ground| (p, ground)));
+        let planned = planned.and_then(|p| self.lendable(comm, &p.plan).map(|()| p));
         held(&mut self.stats).plan_seconds = begun.elapsed().as_secs_f64();
-        let peers = agree_outcome(comm, planned.as_ref().map(|(p, _)| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
-        let (planned, ground) = planned?;
+        let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
+        let planned = planned?;
 
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
@@ -216,7 +216,7 @@ impl Container {
             captured: false,
             number: 0,
             links: Links::default(),
-            ground,
+            lent: Ground::default(),
             ready: Ready::default(),
             subset: None,
         };
@@ -263,6 +263,16 @@ impl Container {
             );
         }
         Ok(())
+    }
+
+    /// An error if memory is gone that others are to open.
+    fn lendable(&self, comm: &dyn Comm, plan: &Plan) -> Result<()> {
+        if comm.windows().is_none() {
+            return Ok(());
+        }
+        let mut used = vec![false; self.mems.len() + 1];
+        plan.peers.iter().flat_map(|p| &p.out).for_each(|p| used[p.src.buffer as usize] = true);
+        self.ground.check(&*self.device, &used, |row| self.buffer_name(row))
     }
 
     /// Whether the device can do what the targets want of values.
@@ -369,7 +379,7 @@ impl Container {
             let mut lent: Vec<u32> = lent.map(|(&row, _)| row).collect();
             lent.sort_unstable();
             lent.dedup();
-            c.ground.lend(&*self.device, &self.mems, &lent)?;
+            c.lent = Ground::lent(&*self.device, &self.mems, &lent)?;
             for ((owner, row), mut list) in owners.into_iter().zip(wanted).zip(opened.windows) {
                 if list.len() != row.len() {
                     bail!(RS_ERR_PEER, "rank {owner} offered {} buffers where the plan reads {}", list.len(), row.len());

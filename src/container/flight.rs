@@ -92,6 +92,11 @@ impl Stuck {
         self.end.as_ref().is_some_and(|end| self.device.query(end) == Ok(true))
     }
 
+    /// Whether it is known not to be over yet.
+    pub fn goes_on(&self) -> bool {
+        self.end.as_ref().is_some_and(|end| self.device.query(end) == Ok(false))
+    }
+
     /// Lets what is started later on the stream wait for it.
     pub fn before(&self, stream: Stream) -> Result<()> {
         match &self.end {

@@ -25,6 +25,7 @@ use crate::preset::world::World;
 use crate::wire::Table;
 use connect::Connected;
 use flight::{Flight, Step, Stuck, Wreck};
+use ground::Ground;
 pub use state::{Control, Param};
 use state::{ParamState, Stats};
 use std::collections::BTreeMap;
@@ -97,6 +98,8 @@ pub struct Container {
     control: Arc<Control>,
     layout: Layout,
     mems: Vec<Mem>,
+    /// Where they lay when they were bound.
+    ground: Ground,
     spec: Option<FromSpec>,
     local: Local,
     /// How often this rank was bound to addresses.
@@ -131,6 +134,7 @@ impl Container {
         check_staging(&*device, config.staging_at, &mems)?;
         let control = Arc::new(Control::default());
         control.set_comm(config.comm.clone());
+        let ground = Ground::new(&*device, &mems, config.staging_at)?;
         let local = plan_local(&layout)?;
         Ok(Container {
             label: config.label,
@@ -147,6 +151,7 @@ impl Container {
             local,
             layout,
             mems,
+            ground,
             spec,
             binding: 1,
             imported: BTreeMap::new(),
@@ -214,6 +219,7 @@ impl Container {
         }
         check_memory(&*device, &layout, &mems)?;
         check_staging(&*device, self.staging_at, &mems)?;
+        let ground = Ground::new(&*device, &mems, self.staging_at)?;
         let local = plan_local(&layout)?;
         let params = self.carried(&layout);
         let digest = |s: &Option<FromSpec>| s.as_ref().map(|s| s.world.spec.digest);
@@ -225,7 +231,7 @@ impl Container {
         self.graphs.clear();
         *held(&mut self.params) = params;
         self.binding += 1;
-        (self.device, self.layout, self.mems, self.spec, self.local) = (device, layout, mems, spec, local);
+        (self.device, self.layout, self.mems, self.ground, self.spec, self.local) = (device, layout, mems, ground, spec, local);
         Ok(())
     }
 
@@ -294,12 +300,13 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let Phase::Connected(c) = &self.phase else { return };
-        if let Some(mut flight) = held(&mut self.flight).take() {
+        let mut waited = false;
+        if let (Phase::Connected(c), Some(mut flight)) = (&self.phase, held(&mut self.flight).take()) {
             flight.fail(err!(RS_ERR_ABORTED, "a container was destroyed while its sync was in progress"), c.signs.as_ref());
             if let Step::Failed { stuck, .. } = sync::finish(&mut flight, c.signs.as_ref()) {
                 *held(&mut self.broken) = Some(Broken { why: String::new(), stuck });
             }
+            waited = true;
         }
         self.break_off();
         // While all that they use is there.
@@ -307,7 +314,7 @@ impl Drop for Container {
         self.graphs.clear();
         // What a refused sync has left on a stream ends with what is before it there, as a rule soon.
         let until = Instant::now() + flight::LAST;
-        while self.wrecks.iter().any(|wreck| !wreck.stuck().over()) && Instant::now() < until {
+        while !waited && self.wrecks.iter().any(|wreck| wreck.stuck().goes_on()) && Instant::now() < until {
             std::thread::sleep(Duration::from_micros(100));
         }
         self.wrecks.clear();

@@ -3,7 +3,6 @@
 
 use super::connect::{Connected, Ready};
 use super::flight::{Flight, Step, Stuck, Turn, Wreck, mark};
-use super::ground::Ground;
 use super::{Broken, Container, Phase, Sync, held, lock};
 use crate::abi::*;
 use crate::comm::{Comm, Deadline};
@@ -356,25 +355,30 @@ impl Container {
     }
 
     /// An error if memory is gone that this sync uses.
-    fn grounded(&self, c: &mut Connected, me: u32, subset: Option<&[bool]>) -> Result<()> {
-        if c.bindings.get(me as usize) != Some(&self.binding) {
-            c.ground = self.ground()?;
+    fn grounded(&self, c: &Connected, me: u32, subset: Option<&[bool]>) -> Result<()> {
+        // After a rebind others open what is new.
+        let lent = (c.bindings.get(me as usize) == Some(&self.binding)).then_some(&c.lent);
+        if self.ground.is_empty() {
             return Ok(());
         }
-        let mut chosen = vec![subset.is_none(); self.mems.len()];
-        for tile in self.layout.tiles().iter().filter(|_| subset.is_some()) {
-            chosen[tile.buffer as usize] |= subset.is_some_and(|s| s[c.ordinals[tile.tensor as usize] as usize]);
+        let accept = |tensor: u32| subset.is_none_or(|s| s[tensor as usize]);
+        let mut used = vec![false; self.mems.len() + 1];
+        let own = self.local.pieces.iter().filter(|p| accept(c.ordinals[p.tensor as usize]));
+        for p in own.chain(c.plan.doubles.iter().filter(|p| accept(p.tensor))) {
+            used[p.src.buffer as usize] = true;
+            used[p.dst.buffer as usize] = true;
         }
-        c.ground.check(&*self.device, |row| chosen.get(row as usize).is_none_or(|&c| c), |row| self.buffer_name(row))
+        for peer in &c.plan.peers {
+            peer.out.iter().filter(|p| accept(p.tensor)).for_each(|p| used[p.src.buffer as usize] = true);
+            peer.into.iter().filter(|p| accept(p.tensor)).for_each(|p| used[p.dst.buffer as usize] = true);
+        }
+        used[self.mems.len()] = c.work().group.as_ref().is_some_and(|group| group.staging() > 0);
+        let mut grounds = [Some(&self.ground), lent].into_iter().flatten();
+        grounds.try_for_each(|ground| ground.check(&*self.device, &used, |row| self.buffer_name(row)))
     }
 
-    /// What this container is bound to now, all of which is there.
-    pub(super) fn ground(&self) -> Result<Ground> {
-        let ground = Ground::new(&*self.device, &self.mems, self.staging_at)?;
-        ground.check(&*self.device, |_| true, |row| self.buffer_name(row)).map(|()| ground)
-    }
-
-    fn buffer_name(&self, row: u32) -> &str {
+    /// Of a row, or of the one behind the last.
+    pub(super) fn buffer_name(&self, row: u32) -> &str {
         self.layout.buffers().get(row as usize).map_or("config.staging", |b| &b.name)
     }
 

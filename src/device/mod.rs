@@ -235,8 +235,11 @@ pub struct Held {
 /// What an allocation is known by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// Nothing: another one would do as well.
-    Any,
+    /// That there is one: another would do as well.
+    Present {
+        /// Whether the device said that something is mapped there.
+        mapped: bool,
+    },
     /// The number of the whole.
     Whole(u64),
     /// The number of a piece that is mapped.

@@ -246,16 +246,22 @@ impl Block {
         block
     }
 
-    /// Other memory at the same address, as of an engine that slept and woke: of mapped memory alone. Its bytes are not the same.
+    /// Gives mapped memory back and keeps its address, as an engine that sleeps.
     #[allow(dead_code)] // of `cuda` alone
-    pub fn renew(&mut self) {
+    pub fn sleep(&mut self) {
         let range = self.range.as_ref().expect("it is mapped piece by piece");
         on(self.kind.1, || {
             // SAFETY: a stream of its own.
             check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) });
             range.unmap();
-            range.map();
         });
+    }
+
+    /// Other memory at the address, with other bytes.
+    #[allow(dead_code)] // of `cuda` alone
+    pub fn wake(&mut self) {
+        let range = self.range.as_ref().expect("it is mapped piece by piece");
+        on(self.kind.1, || range.map());
     }
 
     /// For syncs of this memory.

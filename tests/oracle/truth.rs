@@ -73,12 +73,25 @@ impl Memory {
         self.block.at(self.starts[block] + at)
     }
 
-    /// See [`Block::renew`]; the same bytes.
+    /// See [`Block::sleep`]; what [`Memory::wake`] wants.
+    #[allow(dead_code)] // of `cuda` alone
+    pub fn sleep(&mut self) -> Vec<u8> {
+        let bytes = self.bytes();
+        self.block.sleep();
+        bytes
+    }
+
+    /// Other memory with these bytes.
+    #[allow(dead_code)] // of `cuda` alone
+    pub fn wake(&mut self, bytes: &[u8]) {
+        self.block.wake();
+        self.block.write(bytes);
+    }
+
     #[allow(dead_code)] // of `cuda` alone
     pub fn renew(&mut self) {
-        let bytes = self.bytes();
-        self.block.renew();
-        self.block.write(&bytes);
+        let bytes = self.sleep();
+        self.wake(&bytes);
     }
 
     /// Where it lies.

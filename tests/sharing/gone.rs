@@ -15,9 +15,12 @@ fn memory_that_is_gone_is_refused() {
         world.containers[gone].stream = other.stream();
         world.memories[gone] = other;
         refused(&mut world, gone, "was freed or unmapped since it was bound");
-        // Connect neither, which would hand it out.
+        // Connect too, where others would open it.
         for answer in world.all(|c| c.connect()) {
-            says(answer, RS_ERR_STATE, &["was freed or unmapped since it was bound"]);
+            match gone {
+                0 => says(answer, RS_ERR_STATE, &["was freed or unmapped since it was bound"]),
+                _ => answer.unwrap(),
+            }
         }
         world.containers[gone].rebind(&tables).unwrap();
         world.all(|c| c.connect()).into_iter().for_each(|result| result.unwrap());
@@ -32,13 +35,24 @@ fn memory_that_is_mapped_may_be_renewed() {
     if gpu::origin() != gpu::Origin::Mapped {
         let test = ["sharing::gone::memory_that_is_mapped_may_be_renewed", "--exact"];
         let program = std::env::current_exe().unwrap();
-        assert!(Command::new(program).args(test).env("RESHARD_GPU_MEMORY", "mapped").status().unwrap().success());
+        for reserved in ["STANDIN_UNSET", "STANDIN_RESERVED"] {
+            let mut again = Command::new(&program);
+            again.args(test).env("RESHARD_GPU_MEMORY", "mapped").env(reserved, "1");
+            assert!(again.status().unwrap().success());
+        }
         return;
     }
     let mut world = World::connected(two_ranks(), &[GPU_0, GPU_0]);
     for version in 1..4 {
         world.sync(version);
         world.memories.iter_mut().for_each(Memory::renew);
+    }
+    for asleep in [0, 1] {
+        let bytes = world.memories[asleep].sleep();
+        let answers = world.all(|c| c.sync(9, None));
+        says(answers.into_iter().nth(asleep).expect("a rank"), RS_ERR_STATE, &["was freed or unmapped since it was bound"]);
+        world.memories[asleep].wake(&bytes);
+        world.sync(10);
     }
 }
 

@@ -159,6 +159,12 @@ EXPORT CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
     return CUDA_SUCCESS;
 }
 
+// Whether an address was reserved for mappings.
+static bool is_reserved(uint64_t address) {
+    auto next = state().reserved.upper_bound(address);
+    return next != state().reserved.begin() && address - std::prev(next)->first < std::prev(next)->second;
+}
+
 // No region: what cuPointerGetAttributes gives for an address that the driver does not know.
 static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int which, void *out) {
     auto give = [out](auto value) {
@@ -166,6 +172,10 @@ static CUresult attribute_of(const RegionPtr &region, CUdeviceptr address, int w
         return CUDA_SUCCESS;
     };
     bool device = region && region->on_device();
+    if (!region && is_set("STANDIN_RESERVED") && is_reserved(address)) {
+        if (which == 2) return give(static_cast<int>(CU_MEMORYTYPE_DEVICE));
+        if (which == 9) return give(0);
+    }
     if (which >= 18 && which <= 20 && !find_symbol("cuMemRetainAllocationHandle")) return CUDA_ERROR_INVALID_VALUE; // older drivers
     switch (which) {
     case 1: {

@@ -73,9 +73,10 @@ mutation pool-destroyed $gpu 'pool.destroy();' ''
 mutation pool-opened $gpu 'gpu.open_to(&other);' '' standin nccl
 mutation pools-opened $gpu 'other.open_to(&gpu);' '' standin nccl
 held=src/device/cuda/held.rs
-mutation memory-gone $held 'if !is_own(gpu, &now) {' 'if false {' standin cuda
-mutation memory-another $held 'Identity::Whole(id) => now.named && now.id == id,' 'Identity::Whole(_) => true,' standin cuda
-mutation pieces-another $held 'Identity::Piece(id) => !now.named && current.mapping(place.at)?.id == id,' 'Identity::Piece(_) => true,' standin cuda
+mutation memory-gone $held 'if gone || !same {' 'if !same {' standin cuda
+mutation memory-another $held '(gone, now.named && now.id == id)' '(gone, true)' standin cuda
+mutation pieces-another $held 'gone || !now.named && current.mapping(place.at)?.id == id' 'true' standin cuda
+mutation pieces-unseen $held '(gone || mapped && !now.mapped, true)' '(gone, true)' standin cuda
 mutation lists-freed src/device/cuda/lists.rs 'self.gpu.free(self.at);' ''
 mutation event-destroyed src/device/cuda/mod.rs 'self.gpu.destroy(event.0);' 'let _ = event;'
 mutation stream-destroyed $gpu '(self.api.cuStreamDestroy_v2)(self.stream);' ''

@@ -32,6 +32,8 @@ pub struct Address {
     pub managed: bool,
     /// Whether it is of an allocation that has an IPC handle.
     pub named: bool,
+    /// Whether memory is mapped there, as the driver says it.
+    pub mapped: bool,
     /// Of the allocation, which no other one of the process has had.
     pub id: u64,
 }
@@ -405,10 +407,11 @@ impl Current<'_> {
                 About::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
                 About::CU_POINTER_ATTRIBUTE_IS_MANAGED,
                 About::CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
+                About::CU_POINTER_ATTRIBUTE_MAPPED,
                 About::CU_POINTER_ATTRIBUTE_BUFFER_ID,
             ],
         )?;
-        let [kind, ordinal, managed, named, id] = words;
+        let [kind, ordinal, managed, named, mapped, id] = words;
         // A truth value has one byte or four.
         let truth = |word: [u8; 8]| int(word) != 0;
         Ok(Address {
@@ -416,6 +419,7 @@ impl Current<'_> {
             ordinal: int(ordinal) as i32,
             managed: truth(managed),
             named: truth(named),
+            mapped: truth(mapped),
             id: u64::from_ne_bytes(id),
         })
     }

@@ -1,81 +1,72 @@
 //! Whether memory is still there between two syncs.
 //!
-//! What comes from cudaMalloc is known by CU_POINTER_ATTRIBUTE_BUFFER_ID, which no other allocation of the process gets. Memory of pools,
-//! managed memory and what is mapped piece by piece may be replaced at the same address, and is looked at for being there alone; but where
-//! other processes have pieces open, these are known by CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID. A place is always asked for at an address
-//! within a block: what lies beside it in the same mapping may be somebody else's, and gone.
+//! What comes from cudaMalloc is known by CU_POINTER_ATTRIBUTE_BUFFER_ID, which no other allocation of the process gets. Memory of pools
+//! and what is mapped piece by piece may be replaced at the same address, and is looked at for being there alone; but where other
+//! processes have pieces open, these are known by CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID. Managed memory, of which the driver may say
+//! another thing each time, is not looked at. A place is always asked for at an address within a block: what lies beside it in the same
+//! mapping may be somebody else's, and gone.
 
-use super::gpu::{Address, Gpu};
+use super::gpu::Gpu;
 use crate::abi::RS_DEVICE_CUDA;
 use crate::device::{Held, Identity, Mem, Missing};
 use crate::error::Result;
 use cudarc::driver::sys::{CUdeviceptr, CUmemorytype};
 use std::collections::BTreeMap;
 
-/// What is known, by the begin of the range of addresses that it stands for, with the length of that.
-#[derive(Default)]
-struct Ranges(BTreeMap<CUdeviceptr, (u64, Held)>);
-
-impl Ranges {
-    fn at(&mut self, at: u64) -> Option<(u64, &mut Held)> {
-        let (&base, (len, held)) = self.0.range_mut(..=at).next_back()?;
-        (at - base < *len).then_some((base.saturating_add(*len), held))
-    }
-
-    fn into_list(self) -> Vec<Held> {
-        self.0.into_values().map(|range| range.1).collect()
-    }
-}
-
-/// The blocks of the GPU's own memory: their number, begin and end.
-fn own<'a>(gpu: &Gpu, blocks: &'a [Mem]) -> impl Iterator<Item = (u32, u64, u64)> + use<'a> {
-    let kind = (RS_DEVICE_CUDA, gpu.ordinal);
-    let own = (0..).zip(blocks).filter(move |(_, mem)| mem.kind() == kind && !mem.is_empty());
-    own.map(|(block, mem)| (block, mem.addr() as u64, (mem.addr() + mem.len()) as u64))
-}
+const DEVICE: u32 = CUmemorytype::CU_MEMORYTYPE_DEVICE as u32;
 
 /// See [`crate::device::Device::held`].
-pub fn whole(gpu: &Gpu, blocks: &[Mem]) -> Result<Vec<Held>> {
-    let mut known = Ranges::default();
-    for (block, begin, end) in own(gpu, blocks) {
-        if let Some((_, held)) = known.at(begin).filter(|range| end <= range.0) {
-            if held.identity != Identity::Any {
-                held.blocks.push(block);
-            }
-            continue;
-        }
-        let found = gpu.about(begin)?;
-        let identity = if found.named { Identity::Whole(found.id) } else { Identity::Any };
-        // Of what is mapped, which may be less than the driver calls a range: enough not to ask for each of many blocks.
-        let range = gpu.range(begin).ok().filter(|&(base, len)| begin.checked_sub(base).is_some_and(|offset| offset < len));
-        let (base, len) = range.unwrap_or((begin, end - begin));
-        known.0.insert(base, (len, Held { at: begin, identity, blocks: vec![block] }));
-    }
-    Ok(known.into_list())
+pub fn held(gpu: &Gpu, blocks: &[Mem]) -> Result<Vec<Held>> {
+    places(gpu, blocks, false)
 }
 
 /// See [`crate::device::Device::held_open`].
-pub fn pieces(gpu: &Gpu, blocks: &[Mem]) -> Result<Vec<Held>> {
-    let mut known = Ranges::default();
-    for (block, mut at, end) in own(gpu, blocks) {
+pub fn held_open(gpu: &Gpu, blocks: &[Mem]) -> Result<Vec<Held>> {
+    places(gpu, blocks, true)
+}
+
+/// Places in the GPU's own memory; `open`: in mapped memory alone, and what is there is known by its piece.
+fn places(gpu: &Gpu, blocks: &[Mem], open: bool) -> Result<Vec<Held>> {
+    // By the begin of an allocation or piece, with its length.
+    let mut known: BTreeMap<CUdeviceptr, (u64, Held)> = BTreeMap::new();
+    // Where the driver's ranges are not those that come and go together.
+    let mut alone = vec![];
+    let own = (RS_DEVICE_CUDA, gpu.ordinal);
+    for (block, mem) in (0..).zip(blocks).filter(|(_, mem)| mem.kind() == own) {
+        let (mut at, end) = (mem.addr() as u64, (mem.addr() + mem.len()) as u64);
         while at < end {
-            if let Some((range_end, held)) = known.at(at) {
-                held.blocks.push(block);
-                at = range_end;
-                continue;
+            if let Some((&base, (len, held))) = known.range_mut(..=at).next_back() {
+                if at - base < *len {
+                    held.blocks.push(block);
+                    at = base.saturating_add(*len);
+                    continue;
+                }
             }
-            if gpu.about(at)?.named {
+            let found = gpu.about(at)?;
+            if found.kind != DEVICE || found.managed || found.named && open {
                 break;
             }
-            let piece = gpu.mapping(at)?;
-            if at.checked_sub(piece.base).is_none_or(|offset| offset >= piece.len) {
-                break;
+            let range = if found.named {
+                let (base, len) = gpu.range(at)?;
+                Some((base, len, Identity::Whole(found.id)))
+            } else {
+                let piece = gpu.mapping(at).ok().filter(|piece| !piece.pool);
+                let present = Identity::Present { mapped: found.mapped };
+                piece.map(|piece| (piece.base, piece.len, if open { Identity::Piece(piece.id) } else { present }))
+            };
+            match range.filter(|&(base, len, _)| at.checked_sub(base).is_some_and(|offset| offset < len)) {
+                Some((base, len, identity)) => {
+                    known.insert(base, (len, Held { at, identity, blocks: vec![block] }));
+                    at = base.saturating_add(len);
+                }
+                None => {
+                    alone.push(Held { at, identity: Identity::Present { mapped: found.mapped }, blocks: vec![block] });
+                    break;
+                }
             }
-            known.0.insert(piece.base, (piece.len, Held { at, identity: Identity::Piece(piece.id), blocks: vec![block] }));
-            at = piece.base.saturating_add(piece.len);
         }
     }
-    Ok(known.into_list())
+    Ok(known.into_values().map(|range| range.1).chain(alone).collect())
 }
 
 /// See [`crate::device::Device::missing`].
@@ -83,21 +74,15 @@ pub fn missing(gpu: &Gpu, held: &[&Held]) -> Result<Option<Missing>> {
     let current = gpu.current()?;
     for (which, place) in held.iter().enumerate() {
         let now = current.about(place.at)?;
-        if !is_own(gpu, &now) {
-            return Ok(Some(Missing { which, replaced: false }));
-        }
-        let same = match place.identity {
-            Identity::Any => true,
-            Identity::Whole(id) => now.named && now.id == id,
-            Identity::Piece(id) => !now.named && current.mapping(place.at)?.id == id,
+        let gone = now.kind != DEVICE || now.ordinal != gpu.ordinal;
+        let (gone, same) = match place.identity {
+            Identity::Present { mapped } => (gone || mapped && !now.mapped, true),
+            Identity::Whole(id) => (gone, now.named && now.id == id),
+            Identity::Piece(id) => (gone, gone || !now.named && current.mapping(place.at)?.id == id),
         };
-        if !same {
-            return Ok(Some(Missing { which, replaced: true }));
+        if gone || !same {
+            return Ok(Some(Missing { which, replaced: !gone }));
         }
     }
     Ok(None)
-}
-
-fn is_own(gpu: &Gpu, found: &Address) -> bool {
-    found.kind == CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 && found.ordinal == gpu.ordinal
 }

@@ -100,11 +100,11 @@ impl Device for CudaDevice {
     }
 
     fn held(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
-        self.named(held::whole(&self.gpu, blocks))
+        self.named(held::held(&self.gpu, blocks))
     }
 
     fn held_open(&self, blocks: &[Mem]) -> Result<Vec<Held>> {
-        self.named(held::pieces(&self.gpu, blocks))
+        self.named(held::held_open(&self.gpu, blocks))
     }
 
     fn missing(&self, held: &[&Held]) -> Result<Option<Missing>> {
