@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What takes longer than continuous integration may: about an hour on 2 cores. Like run.sh: tests/long.sh [WORD ...].
+# What takes longer than continuous integration may: about two hours on 2 cores. Like run.sh: tests/long.sh [WORD ...].
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
@@ -28,7 +28,7 @@ step loom   3600 some_tests env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/l
     cargo test --locked --release --lib comm::local::ring
 step gpu        2400 env RESHARD_SEEDS=60 RESHARD_CASES=300 tests/standin/run.sh
 step gpu-worlds 1800 gpu_worlds
-step mutations  3600 tests/standin/mutations.sh
+step mutations  7200 tests/standin/mutations.sh
 step frameworks 3600 frameworks
 
 finish
