@@ -58,6 +58,8 @@ pub(super) struct Connected {
     /// Syncs so far whose header was gathered: equal on all ranks.
     pub number: u64,
     pub links: Links,
+    /// See [`Container::used`]: of a sync of everything.
+    pub used: Vec<bool>,
     /// What other processes have open of this rank's.
     pub lent: Ground,
     pub ready: Ready,
@@ -216,6 +218,7 @@ impl Container {
             captured: false,
             number: 0,
             links: Links::default(),
+            used: vec![],
             lent: Ground::default(),
             ready: Ready::default(),
             subset: None,
@@ -393,6 +396,7 @@ impl Container {
             }
         }
         c.ready = self.ready(comm, c, None)?;
+        c.used = self.used(c, None);
         if let Some(pipe) = comm.pipe() {
             let lanes = &c.work().lanes;
             let to: Vec<u32> = lanes.iter().filter(|l| !l.out.is_empty()).map(|l| l.peer).collect();

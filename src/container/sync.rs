@@ -361,6 +361,16 @@ impl Container {
         if self.ground.is_empty() {
             return Ok(());
         }
+        let used = match subset {
+            None => &c.used,
+            some => &self.used(c, some),
+        };
+        let mut grounds = [Some(&self.ground), lent].into_iter().flatten();
+        grounds.try_for_each(|ground| ground.check(&*self.device, used, |row| self.buffer_name(row)))
+    }
+
+    /// By row whether a sync of these tensors uses it; the one behind the last is staging.
+    pub(super) fn used(&self, c: &Connected, subset: Option<&[bool]>) -> Vec<bool> {
         let accept = |tensor: u32| subset.is_none_or(|s| s[tensor as usize]);
         let mut used = vec![false; self.mems.len() + 1];
         let own = self.local.pieces.iter().filter(|p| accept(c.ordinals[p.tensor as usize]));
@@ -373,8 +383,7 @@ impl Container {
             peer.into.iter().filter(|p| accept(p.tensor)).for_each(|p| used[p.dst.buffer as usize] = true);
         }
         used[self.mems.len()] = c.work().group.as_ref().is_some_and(|group| group.staging() > 0);
-        let mut grounds = [Some(&self.ground), lent].into_iter().flatten();
-        grounds.try_for_each(|ground| ground.check(&*self.device, &used, |row| self.buffer_name(row)))
+        used
     }
 
     /// Of a row, or of the one behind the last.
