@@ -101,6 +101,7 @@ _lib.rs_status_name.restype = c.c_char_p
 _lib.rs_last_error.restype = c.c_char_p
 _lib.rs_comm_destroy.restype = _lib.rs_container_destroy.restype = _lib.rs_preset_destroy.restype = None
 _lib.rs_container_describe.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_char_p, c.c_size_t, c.POINTER(c.c_size_t)]
+_lib.rs_fingerprint.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_char_p]
 _lib.rs_preset_describe.argtypes = [c.c_void_p, c.c_uint32, c.c_char_p, c.c_size_t, c.POINTER(c.c_size_t)]
 _lib.rs_preset_create.argtypes = [c.c_char_p, c.c_int32, c.c_void_p]
 
@@ -258,6 +259,12 @@ class Container:
         out = _sized(ParamStruct)
         _check(_lib.rs_get_param(self._handle, name.encode(), c.byref(out)))
         return out
+
+    def fingerprint(self, role, tensor=None):
+        """A number of the weights that all ranks hold as SOURCE or TARGET, however they are cut. Collective."""
+        out = c.create_string_buffer(16)
+        _check(_lib.rs_fingerprint(self._handle, role, tensor and tensor.encode(), out))
+        return int.from_bytes(out.raw, "little")
 
     def describe(self, what):
         return _json(lambda *buffer: _lib.rs_container_describe(self._handle, what, None, *buffer))

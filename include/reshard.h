@@ -824,6 +824,31 @@ rs_status_t rs_get_param_at(const rs_container_t *container, size_t index, rs_pa
 rs_status_t rs_container_describe(const rs_container_t *container, uint32_t what, const char *param, char *buf, size_t cap, size_t *len);
 
 /**
+ * A number of 128 bits of the weights that all ranks hold together, which does not depend on how they are cut: of trainer, engine and a
+ * checkpoint on disk it is the same, or their weights differ. It tells apart what differs by accident; it is no signature.
+ *
+ * What counts is each tensor's own elements, once, however many ranks hold them. Sources whose targets have another dtype or a
+ * transform count as these would hold them, rounded as a sync rounds. The number is that of tensor's names, dtypes, shapes and bytes:
+ * the sum over the tensors, modulo p = 2^127 - 1, of `c (n + w[0] r + w[1] r^2 + ...)`, with n elements, w[i] the words of 8 bytes of
+ * the dense row-major tensor in little endian, filled up with zeros, r = 0x243f6a8885a308d313198a2e03707344, and c XXH3's 128 bits of
+ * the name, a NUL, DLPack's code and bits (a byte each), and the extents as 64-bit words in little endian.
+ *
+ * - role: RS_SOURCE or RS_TARGET.
+ * - tensor: a logical name, or a prefix ending in `*`: the sum over those; NULL: over all that a sync moves, or, where no rank has a
+ *   target, over all.
+ * - out: 16 bytes, the number in little endian.
+ *
+ * The weights are read as they are, torn ones too, through host memory; a GPU's on a stream of the library's own, so that what
+ * writes them must have ended. rs_config_t.host_threads add up, rs_config_t.timeout_ms is the longest that it may take.
+ *
+ * Collective: every rank of the communicator calls it, with the same role and tensor; connected, and with no sync in progress. Errors:
+ * RS_ERR_INVALID, RS_ERR_NOT_FOUND (a tensor that no rank has, or none in that role), RS_ERR_MISMATCH (ranks hold the same part of a
+ * tensor with different bytes: names it; or other arguments on some rank), RS_ERR_UNSUPPORTED (a tensor whose targets have several
+ * dtypes; a device of the caller's), RS_ERR_STATE, RS_ERR_BUSY, and the fatal ones.
+ */
+rs_status_t rs_fingerprint(rs_container_t *container, uint32_t role, const char *tensor, uint8_t *out);
+
+/**
  * Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
  *
  * The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on

@@ -18,6 +18,7 @@
 
 #include "reshard.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -390,6 +391,13 @@ class Container : public detail::Handle<rs_container_t, rs_container_destroy> {
     rs_param_t param_at(std::size_t index) const {
         auto out = sized<rs_param_t>();
         check(rs_get_param_at(get(), index, &out));
+        return out;
+    }
+
+    /** rs_fingerprint(). Collective. */
+    std::array<uint8_t, 16> fingerprint(uint32_t role, const char *tensor = nullptr) const {
+        std::array<uint8_t, 16> out{};
+        check(rs_fingerprint(get(), role, tensor, out.data()));
         return out;
     }
 

@@ -1,4 +1,4 @@
-//! Every type and constant that C sees. No logic, no `cfg`: `include/reshard.h` is generated from this file and `ffi/api.rs`.
+//! Every type and constant that C sees. No logic, no `cfg`: `include/reshard.h` is generated from this file and `ffi/api*.rs`.
 //!
 //! Numbers, field order and the meaning of zero are for ever; new things go to the tail of a struct.
 #![forbid(unsafe_code)]

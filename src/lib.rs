@@ -9,6 +9,7 @@
 pub mod abi;
 pub mod error;
 pub mod convert;
+pub mod digest;
 pub mod geom;
 pub mod layout;
 pub mod wire;

@@ -189,14 +189,35 @@ impl Outcome {
     }
 }
 
+/// A collective call of a connected container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// rs_sync_weights
+    Sync,
+    /// rs_fingerprint
+    Fingerprint,
+}
+
+impl Call {
+    /// Its name in C.
+    pub fn name(self) -> &'static str {
+        match self {
+            Call::Sync => "rs_sync_weights",
+            Call::Fingerprint => "rs_fingerprint",
+        }
+    }
+}
+
 /// What a rank says before a sync's first byte, and (with its status) after the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// The caller's version.
+    /// Which call it begins.
+    pub call: Call,
+    /// The caller's version of a sync.
     pub version: u64,
     /// Digest of what all ranks agreed on at connect.
     pub plan: u64,
-    /// Digest of `only`.
+    /// Digest of `only`, or of what the fingerprint is of.
     pub subset: u64,
     /// How often the rank was bound to addresses.
     pub binding: u64,
@@ -210,13 +231,15 @@ impl Header {
 
     /// To send.
     pub fn encode(&self) -> Vec<u8> {
-        words([self.version, self.plan, self.subset, self.binding, self.status as u32 as u64])
+        let last = u64::from(self.status as u32) | (self.call as u64) << 32;
+        words([self.version, self.plan, self.subset, self.binding, last])
     }
 
     /// What a rank sent.
     pub fn decode(bytes: &[u8]) -> Header {
         let w = parse::<5>(bytes);
-        Header { version: w[0], plan: w[1], subset: w[2], binding: w[3], status: w[4] as u32 as i32 }
+        let call = if w[4] >> 32 == Call::Sync as u64 { Call::Sync } else { Call::Fingerprint };
+        Header { call, version: w[0], plan: w[1], subset: w[2], binding: w[3], status: w[4] as u32 as i32 }
     }
 }
 

@@ -146,6 +146,7 @@ fn the_library_exports_the_headers_functions() {
         "rs_container_poll",
         "rs_container_rebind",
         "rs_container_set_comm",
+        "rs_fingerprint",
         "rs_get_param",
         "rs_get_param_at",
         "rs_last_error",
@@ -168,9 +169,9 @@ fn the_library_exports_the_headers_functions() {
     assert_eq!(exported, expected, "the library's symbols");
 }
 
-/// The exported functions of `ffi/api.rs` with their bodies, comments left out.
+/// The exported functions of `ffi/api.rs` and `api_comm.rs` with their bodies, comments left out.
 fn exports() -> Vec<(String, String)> {
-    let api = fs::read_to_string(root().join("src/ffi/api.rs")).unwrap();
+    let api = ["src/ffi/api.rs", "src/ffi/api_comm.rs"].map(|path| fs::read_to_string(root().join(path)).unwrap()).concat();
     let mut out = vec![];
     for part in api.split("#[unsafe(no_mangle)]").skip(1) {
         let name = part.split("fn ").nth(1).unwrap().split('(').next().unwrap();

@@ -1,4 +1,4 @@
-//! `include/reshard.h` is what cbindgen makes of `src/abi.rs` and `src/ffi/api.rs`, and both headers compile alone, without a warning.
+//! `include/reshard.h` is what cbindgen makes of `src/abi.rs` and `src/ffi/api*.rs`, and both headers compile alone, without a warning.
 //!
 //! `RESHARD_BLESS=1 cargo test --test header` writes the header anew.
 
@@ -11,7 +11,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Conventions, constants and types in the order of `src/abi.rs`, functions in the order of `src/ffi/api.rs`.
+/// Conventions, constants and types in the order of `src/abi.rs`, functions in the order of `src/ffi/api.rs` and `api_comm.rs`.
 fn generated() -> String {
     let mut config = Config {
         language: Language::C,
@@ -25,15 +25,17 @@ fn generated() -> String {
         ..Config::default()
     };
     config.function.args = Layout::Horizontal;
-    let (abi, api) = (root().join("src/abi.rs"), root().join("src/ffi/api.rs"));
-    let built = Builder::new().with_config(config).with_src(&abi).with_src(&api).generate().expect("cbindgen reads the sources");
+    let sources = ["src/abi.rs", "src/ffi/api.rs", "src/ffi/api_comm.rs"].map(|path| root().join(path));
+    let builder = sources.iter().fold(Builder::new().with_config(config), Builder::with_src);
+    let built = builder.generate().expect("cbindgen reads the sources");
     let mut text = vec![];
     built.write(&mut text);
     // Each type stands before its uses, so these need no tag.
     let text = String::from_utf8(text).expect("UTF-8").replace("struct rs_", "rs_").replace("typedef rs_", "typedef struct rs_");
     let text = one_line_comments(&text);
 
-    let (abi, api) = (fs::read_to_string(abi).unwrap(), fs::read_to_string(api).unwrap());
+    let [abi, api, api_comm] = sources.map(|path| fs::read_to_string(path).unwrap());
+    let api = api + &api_comm;
     let place = |item: &str| {
         let name = name_of(item);
         let at = |source: &str, word: &str, end: &str| source.find(&format!("{word} {name}{end}"));

@@ -3,6 +3,7 @@
 //! 10,000 cases; `RESHARD_CASES=N` runs another number, `RESHARD_SEED=N` one case again, with all its tables if it fails.
 
 mod oracle;
+mod sums;
 
 use fastrand::Rng;
 use oracle::breakage::{self, Broken};

@@ -13,6 +13,7 @@ use crate::exec::batches::{Batches, Places};
 use crate::exec::signs::Signs;
 use crate::exec::work::{Way, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
+use crate::plan::parts::Part;
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
 use crate::plan::{PLANNER_VERSION, Peer, Place, Plan, closed};
 use crate::preset::variant::Variants;
@@ -39,6 +40,10 @@ pub(super) struct Connected {
     pub names: BTreeMap<(u32, u32), String>,
     /// The spec's, with all variants.
     pub world: Option<Arc<World>>,
+    /// What each rank said of itself.
+    pub records: Vec<Record>,
+    /// What this rank holds as source and as target, once it was asked for.
+    pub parts: [Option<Vec<Part>>; 2],
     /// Equal on all ranks.
     pub digest: u64,
     /// Bytes of a message.
@@ -212,6 +217,8 @@ impl Container {
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
             streams: records.iter().any(|r| r.streams[0]) && !records.iter().any(|r| r.streams[1]),
+            records,
+            parts: [None, None],
             alone: peers == 0,
             signs: None,
             tail: None,
@@ -298,7 +305,7 @@ impl Container {
 
     /// Every rank's table, in rank order: imported, or exchanged now. The outer error ends the communicator, the inner one is this
     /// rank's opinion.
-    fn tables(
+    pub(super) fn tables(
         &self,
         comm: &dyn Comm,
         own: Table,
@@ -555,7 +562,7 @@ fn same_spec(records: &[Record]) -> Result<()> {
 }
 
 /// Gathers how a step went on all ranks. An error of one is an error on all, with its text. Gives the most peers of any rank.
-fn agree_outcome(comm: &dyn Comm, own: std::result::Result<(u32, u64), &Error>, deadline: Deadline) -> Result<u32> {
+pub(super) fn agree_outcome(comm: &dyn Comm, own: std::result::Result<(u32, u64), &Error>, deadline: Deadline) -> Result<u32> {
     let text = own.err().map_or("", |e| e.text());
     let (peers, union) = own.unwrap_or((0, 0));
     let status = own.err().map_or(RS_OK, |e| e.status());

@@ -1,6 +1,7 @@
 //! One rank's weights from creation to the last sync: created -> connected -> synced / torn / failed.
 //!
-//! [`connect`] agrees with the other ranks and plans, [`sync`] moves one version, [`describe`] tells about both. What a failed sync
+//! [`connect`] agrees with the other ranks and plans, [`sync`] moves one version, [`describe`] tells about both; a fingerprint tells
+//! whether weights are the same. What a failed sync
 //! half wrote stays marked until another succeeds. A sync that was put on a stream is looked at by poll, beside reading calls
 //! (`flight`): what it changes lies behind locks.
 //!
@@ -9,6 +10,7 @@
 
 pub mod connect;
 pub mod describe;
+mod fingerprint;
 mod flight;
 mod ground;
 pub mod host;

@@ -11,7 +11,7 @@ use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::Places;
 use crate::exec::signs::Signs;
 use crate::exec::{Run, settle};
-use crate::wire::Header;
+use crate::wire::{Call, Header};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,8 +21,24 @@ impl Container {
     /// Collective: moves one version. `true`: every rank has landed it; `false`: it is on the stream, and [`Container::poll`] tells the
     /// end. `progress` hears (bytes done, bytes in all) of this rank, where the call waits for them.
     pub fn sync(&mut self, request: &Sync, progress: &mut dyn FnMut(u64, u64)) -> Result<bool> {
+        let (mut connected, comm, turn) = self.begin()?;
+        self.control.started();
+        let result = if connected.streams {
+            self.put(&comm, &mut connected, request, turn).map(|()| false)
+        } else {
+            let result = self.version(&*comm, &mut connected, request, progress);
+            self.ended(format_args!("sync of version {}", request.version), &result, None);
+            result.map(|()| true)
+        };
+        self.phase = Phase::Connected(connected);
+        self.break_off();
+        result
+    }
+
+    /// What a collective call of a connected container needs; the connection goes back into `phase` when it ends.
+    pub(super) fn begin(&mut self) -> Result<(Box<Connected>, Arc<dyn Comm>, Turn)> {
         self.settled()?;
-        let mut connected = match std::mem::replace(&mut self.phase, Phase::Created) {
+        let connected = match std::mem::replace(&mut self.phase, Phase::Created) {
             Phase::Connected(c) => c,
             Phase::Created => bail!(RS_ERR_STATE, "the container is not connected; call rs_container_connect() on every rank"),
             Phase::Failed(why) => {
@@ -34,25 +50,13 @@ impl Container {
                 return Err(e);
             }
         };
-        let begun = self.comm().and_then(|comm| Turn::take(&comm).map(|turn| (comm, turn)));
-        let (comm, turn) = match begun {
-            Ok(begun) => begun,
+        match self.comm().and_then(|comm| Turn::take(&comm).map(|turn| (comm, turn))) {
+            Ok((comm, turn)) => Ok((connected, comm, turn)),
             Err(e) => {
                 self.phase = Phase::Connected(connected);
-                return Err(e);
+                Err(e)
             }
-        };
-        self.control.started();
-        let result = if connected.streams {
-            self.put(&comm, &mut connected, request, turn).map(|()| false)
-        } else {
-            let result = self.version(&*comm, &mut connected, request, progress);
-            self.ended(request.version, &result, None);
-            result.map(|()| true)
-        };
-        self.phase = Phase::Connected(connected);
-        self.break_off();
-        result
+        }
     }
 
     /// How the last call stands, as [`super::Control::status`] tells it, after a look at the sync that is on its stream. Does not wait.
@@ -86,13 +90,13 @@ impl Container {
         if let Some(state) = state {
             self.mark(c, flight.subset.as_deref(), state, version);
         }
-        self.ended(version, &result, stuck);
+        self.ended(format_args!("sync of version {version}"), &result, stuck);
     }
 
-    /// The end of a sync, for those who ask.
-    fn ended(&self, version: u64, result: &Result<()>, stuck: Option<Stuck>) {
+    /// The end of a call, for those who ask.
+    pub(super) fn ended(&self, what: impl std::fmt::Display, result: &Result<()>, stuck: Option<Stuck>) {
         if let Err(e) = result {
-            log::error!("sync of version {version} failed: {e}");
+            log::error!("{what} failed: {e}");
             lock(&self.stats).failure = Some(e.text().to_string());
             if e.status() <= RS_ERR_TIMEOUT {
                 *lock(&self.broken) = Some(Broken { why: e.text().to_string(), stuck });
@@ -176,7 +180,7 @@ impl Container {
                     c.tail = Some(Stuck::on(&self.device, request.stream));
                 }
                 let refused = Err(e);
-                self.ended(request.version, &refused, None);
+                self.ended(format_args!("sync of version {}", request.version), &refused, None);
                 return refused;
             }
             Err(e) => Err(e),
@@ -261,6 +265,7 @@ impl Container {
     /// What this rank says of its sync.
     fn header(&self, c: &Connected, request: &Sync, subset: &Result<Option<Vec<bool>>>) -> Header {
         Header {
+            call: Call::Sync,
             version: request.version,
             plan: c.digest,
             subset: subset.as_ref().ok().and_then(Option::as_deref).map_or(0, digest),
@@ -490,23 +495,29 @@ fn digest(chosen: &[bool]) -> u64 {
     xxh3_64(&bytes).max(1)
 }
 
-fn gather(comm: &dyn Comm, mine: &Header, deadline: Deadline) -> Result<Vec<Header>> {
+pub(super) fn gather(comm: &dyn Comm, mine: &Header, deadline: Deadline) -> Result<Vec<Header>> {
     let all = comm.allgather(&mine.encode(), deadline)?;
     Ok(all.chunks_exact(Header::LEN).map(Header::decode).collect())
 }
 
 /// All ranks see the same headers, so all come to the same end.
-fn compare(me: u32, headers: &[Header], mine: &Header) -> Result<()> {
+pub(super) fn compare(me: u32, headers: &[Header], mine: &Header) -> Result<()> {
     for (rank, h) in headers.iter().enumerate() {
         if h.status != RS_OK {
             let status = if h.status <= RS_ERR_TIMEOUT { RS_ERR_PEER } else { RS_ERR_MISMATCH };
-            bail!(status, "rank {rank} refused its call of rs_sync_weights (status {}): nothing moved", h.status);
+            bail!(status, "rank {rank} refused its call of {} (status {}): nothing moved", h.call.name(), h.status);
+        }
+        if h.call != mine.call {
+            bail!(RS_ERR_MISMATCH, "rank {me} calls {}, rank {rank} {}: nothing moved", mine.call.name(), h.call.name());
         }
         if h.version != mine.version {
             bail!(RS_ERR_MISMATCH, "rank {me} syncs version {}, rank {rank} version {}: nothing moved", mine.version, h.version);
         }
         if h.plan != mine.plan {
             bail!(RS_ERR_MISMATCH, "rank {rank} connected to other tables than rank {me}: connect all ranks again");
+        }
+        if h.subset != mine.subset && mine.call == Call::Fingerprint {
+            bail!(RS_ERR_MISMATCH, "rank {rank} asks for the fingerprint of another role or tensor than rank {me}");
         }
         if h.subset != mine.subset {
             bail!(RS_ERR_MISMATCH, "rank {rank} gives another list in `only` than rank {me}: nothing moved");

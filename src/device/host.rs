@@ -16,14 +16,16 @@ mod tiles;
 #[cfg(test)]
 mod tests;
 
-use super::{Copies, CopyNow, Device, Event, Job, Mem, Stream};
+use super::{Copies, CopyNow, Device, Event, HostBlock, Job, Mem, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail};
 use crate::geom::CopyAxis;
 use smallvec::SmallVec;
+use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::ptr;
+use std::slice;
 use std::sync::{Mutex, PoisonError};
 
 /// Which form of the inner loops runs.
@@ -71,6 +73,10 @@ impl Device for HostDevice {
 
     fn id(&self) -> (i32, i32) {
         (RS_DEVICE_CPU, 0)
+    }
+
+    fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
+        Ok(Box::new(OwnBlock((0..bytes).map(|_| UnsafeCell::new(0)).collect())))
     }
 
     fn converts(&self) -> bool {
@@ -125,6 +131,21 @@ impl Device for HostDevice {
     }
 
     fn forget(&self, _event: Event) {}
+}
+
+/// Memory of its own.
+struct OwnBlock(Box<[UnsafeCell<u8>]>);
+
+impl HostBlock for OwnBlock {
+    fn mem(&self) -> Mem {
+        // SAFETY: there until it is dropped, which its owner does when no copy writes it any more.
+        unsafe { Mem::new(self.0.as_ptr().cast_mut().cast(), self.0.len()) }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: all of its own bytes; the caller says that no copy writes them.
+        unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len()) }
+    }
 }
 
 impl CopyNow for HostDevice {

@@ -117,6 +117,10 @@ pub trait Device: Send + Sync {
     fn register(&self, _host: Mem) -> Result<Registered> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot use host memory", self.name())
     }
+    /// Host memory, zeroed, that its copies write and the CPU reads.
+    fn host_block(&self, _bytes: usize) -> Result<Box<dyn HostBlock>> {
+        bail!(RS_ERR_UNSUPPORTED, "'{}' does not copy its memory into the host's", self.name())
+    }
     /// Whether its copies convert values.
     fn converts(&self) -> bool;
     /// Refuses a stream that work cannot be put on; whether it is being captured into a graph, which repeats what is put there.
@@ -157,6 +161,14 @@ pub trait Signals: Sync {
     fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
     /// Lets what is started later on the stream wait until the word is at least `value`.
     fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
+}
+
+/// Host memory that a device's copies write. Dropped when none writes it any more.
+pub trait HostBlock {
+    /// As it is named in copies.
+    fn mem(&self) -> Mem;
+    /// Its bytes. No copy to it may be under way.
+    fn bytes(&mut self) -> &mut [u8];
 }
 
 /// Host memory that streams may use as long as this lives.

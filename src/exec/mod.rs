@@ -12,6 +12,7 @@
 
 pub mod batches;
 pub mod group;
+pub mod scan;
 pub mod signs;
 pub mod work;
 

@@ -1,18 +1,15 @@
-//! The exports. Each body is one `call`; the comments here are the header's, so they speak to a C programmer.
+//! The exports, containers and presets first. Each body is one `call`; the comments here are the header's, so they speak to a C
+//! programmer.
 #![allow(clippy::missing_safety_doc)] // The whole comment is the promise, in the header's words.
 
 use super::handle::{CommHandle, Handle, Shared};
 use super::preset::PresetHandle;
 use super::write::{GrowingOut, Out, bytes};
-use super::{call, convert, last_error, logger, read};
+use super::{call, convert, read};
 use crate::abi::*;
-use crate::comm::foreign::ForeignComm;
-use crate::comm::nccl::NcclComm;
-use crate::comm::{local, loopback};
-use crate::error::status_name;
 use std::ffi::{c_char, c_void};
-use std::ptr::NonNull;
-use std::sync::Arc;
+
+pub use super::api_comm::*;
 
 /// Makes a container for this rank's weights.
 ///
@@ -235,6 +232,42 @@ pub unsafe extern "C" fn rs_container_describe(
     call(|| unsafe { bytes(&Handle::of(container)?.read(|c| c.describe(what, param))?, buf.cast(), cap, len) })
 }
 
+/// A number of 128 bits of the weights that all ranks hold together, which does not depend on how they are cut: of trainer, engine and a
+/// checkpoint on disk it is the same, or their weights differ. It tells apart what differs by accident; it is no signature.
+///
+/// What counts is each tensor's own elements, once, however many ranks hold them. Sources whose targets have another dtype or a
+/// transform count as these would hold them, rounded as a sync rounds. The number is that of tensor's names, dtypes, shapes and bytes:
+/// the sum over the tensors, modulo p = 2^127 - 1, of `c (n + w[0] r + w[1] r^2 + ...)`, with n elements, w[i] the words of 8 bytes of
+/// the dense row-major tensor in little endian, filled up with zeros, r = 0x243f6a8885a308d313198a2e03707344, and c XXH3's 128 bits of
+/// the name, a NUL, DLPack's code and bits (a byte each), and the extents as 64-bit words in little endian.
+///
+/// - role: RS_SOURCE or RS_TARGET.
+/// - tensor: a logical name, or a prefix ending in `*`: the sum over those; NULL: over all that a sync moves, or, where no rank has a
+///   target, over all.
+/// - out: 16 bytes, the number in little endian.
+///
+/// The weights are read as they are, torn ones too, through host memory; a GPU's on a stream of the library's own, so that what
+/// writes them must have ended. rs_config_t.host_threads add up, rs_config_t.timeout_ms is the longest that it may take.
+///
+/// Collective: every rank of the communicator calls it, with the same role and tensor; connected, and with no sync in progress. Errors:
+/// RS_ERR_INVALID, RS_ERR_NOT_FOUND (a tensor that no rank has, or none in that role), RS_ERR_MISMATCH (ranks hold the same part of a
+/// tensor with different bytes: names it; or other arguments on some rank), RS_ERR_UNSUPPORTED (a tensor whose targets have several
+/// dtypes; a device of the caller's), RS_ERR_STATE, RS_ERR_BUSY, and the fatal ones.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rs_fingerprint(
+    container: *mut rs_container_t,
+    role: u32,
+    tensor: *const c_char,
+    out: *mut u8,
+) -> rs_status_t {
+    // SAFETY: what the comment asks of the caller.
+    call(|| unsafe {
+        let (tensor, out) = (read::optional_text(tensor, "tensor")?, Out::new(out.cast::<[u8; 16]>(), "out")?);
+        out.put(Handle::of(container)?.write(|c| c.container.fingerprint(role, tensor))?);
+        Ok(())
+    })
+}
+
 /// Ends a container: its references on communicator and device go, the weights are the caller's alone again. NULL is nothing.
 ///
 /// The last call on it, on any thread, beside no other. It does not wait for other ranks, but where a sync is in progress: that fails, on
@@ -391,208 +424,4 @@ pub unsafe extern "C" fn rs_preset_describe(
 pub unsafe extern "C" fn rs_preset_destroy(preset: *mut rs_preset_t) {
     // SAFETY: what the comment asks of the caller.
     call(|| unsafe { PresetHandle::destroy(preset) });
-}
-
-/// A communicator of the processes of one host: memory is read where it lies, or passes through shared memory.
-///
-/// Processes that give the same name and world meet, whichever comes first; those of another user are refused. Nothing stays behind
-/// when they end, however they end.
-///
-/// - local: copied, with its name.
-/// - out: the new communicator, the caller's to destroy.
-///
-/// Weights on GPUs: GPUs of a pair are the same or peers. Memory of cudaMalloc() is opened by its readers. So is memory that was mapped
-/// of allocations with a handle for other processes (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR), as PyTorch's expandable segments are in
-/// recent releases; each takes a file descriptor while ranks connect. So is host memory of rs_mem_alloc(), which a GPU reads over the
-/// bus, pinned by its owner or not: that of a trainer that has offloaded its weights. Others cannot open mapped memory without such
-/// handles (that of vLLM's sleep mode), memory of pools, or other host memory: connect refuses it. Free what is from cudaMalloc() and
-/// read by peers only when their containers are destroyed, have been rebound and synced, or their processes have ended: CUDA leaves it
-/// undefined what happens else. Mapped memory may be unmapped or mapped anew between two syncs (a trainer that offloads):
-/// rs_container_rebind() it before the next one, which else refuses. Until that sync peers keep the former memory open, and its bytes
-/// allocated.
-///
-/// Collective: waits until all ranks are there, at most `timeout_ms`. Errors: RS_ERR_INVALID (among others a rank that is there
-/// already), RS_ERR_UNKNOWN_FIELD, RS_ERR_MISMATCH (ranks with other flags or another world), RS_ERR_TIMEOUT (naming the missing
-/// ranks), RS_ERR_COMM.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_local(local: *const rs_comm_local_t, out: *mut *mut rs_comm_t) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let out = Out::new(out, "out")?;
-        out.put(CommHandle::create(convert::join_local(local)?));
-        Ok(())
-    })
-}
-
-/// A communicator of threads of this process: those that give the same hub number are its ranks. For one process that trains and
-/// serves, and for tests.
-///
-/// - hub: any number; free again when all its ranks are destroyed or the communicator failed.
-/// - rank, world: this rank, from 0, and the number of ranks.
-/// - out: the new communicator, the caller's to destroy.
-///
-/// Local: the first collective call waits for the others. Each rank needs a thread of its own in collective calls. Errors:
-/// RS_ERR_INVALID (a rank that is there already, another world than the ranks there have).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_loopback(hub: u64, rank: i32, world: i32, out: *mut *mut rs_comm_t) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let (out, (rank, world)) = (Out::new(out, "out")?, convert::ranks(rank, world)?);
-        out.put(CommHandle::create(loopback::join(hub, rank, world)?));
-        Ok(())
-    })
-}
-
-/// The engine's own NCCL communicator: ranks with a GPU each, on any hosts. The container's weights are in memory of its GPU.
-///
-/// - nccl_comm: an ncclComm_t of NCCL 2.18 or later, complete (ncclCommGetAsyncError() says ncclSuccess), made by the libnccl.so.2 that
-///   the process has loaded. Borrowed: it stays alive until the communicator made here is destroyed and the containers that use it are;
-///   nobody else uses it during collective calls of this library, and from a sync's call until rs_container_poll() says that it has ended:
-///   NCCL wants the operations of a communicator in the same order on all ranks.
-/// - out: the new communicator, the caller's to destroy.
-///
-/// Where several ranks are threads of one process, NCCL may reach weights from another GPU, where they lie: those that are not from
-/// cudaMalloc() must be open to it (cudaMemPoolSetAccess(), cuMemSetAccess()), or NCCL_P2P_DIRECT_DISABLE be 1. The library's staging is,
-/// unless the log warns.
-///
-/// A failure (a dead peer, a deadline) leaves the caller's communicator as it is: its operations may still wait on the GPU, and the
-/// library keeps what they use and asks the communicator nothing more. End it with ncclCommAbort(), wait for its streams, then free the
-/// weights and destroy what was made here. One that was made to block may also wait inside NCCL while connections to a peer are made, past
-/// every deadline. NCCL tells no rank that another one has given up: the others hear of it at their deadlines.
-///
-/// Local. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no libnccl.so.2 in the process, too old), RS_ERR_COMM, RS_ERR_DEVICE,
-/// RS_ERR_MEMORY.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_from_nccl(nccl_comm: *mut c_void, out: *mut *mut rs_comm_t) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let out = Out::new(out, "out")?;
-        out.put(CommHandle::create(Arc::new(NcclComm::borrow(nccl_comm)?)));
-        Ok(())
-    })
-}
-
-/// A communicator of NCCL's own for those who have none: ranks with a GPU each, on any hosts. It does not block, and the library aborts
-/// it when a sync fails; the other ranks hear of that at their deadlines. NCCL is the libnccl.so.2 that the process has loaded, else the
-/// one that the dynamic loader finds.
-///
-/// - unique_id, id_len: the 128 bytes that ncclGetUniqueId() gave one rank, which has sent them to the others.
-/// - rank, world: this rank, from 0, and the number of ranks. The GPU is the one that is current on this thread (cudaSetDevice()).
-/// - out: the new communicator, the caller's to destroy.
-///
-/// Collective: waits until all ranks are there, at most a minute. Errors: RS_ERR_INVALID, RS_ERR_UNSUPPORTED (no CUDA driver, no NCCL, too
-/// old), RS_ERR_TIMEOUT, RS_ERR_COMM, RS_ERR_DEVICE, RS_ERR_MEMORY.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_nccl_init(
-    unique_id: *const c_void,
-    id_len: usize,
-    rank: i32,
-    world: i32,
-    out: *mut *mut rs_comm_t,
-) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let (out, (rank, world)) = (Out::new(out, "out")?, convert::ranks(rank, world)?);
-        let id = read::list(unique_id.cast::<u8>(), id_len, "unique_id")?;
-        out.put(CommHandle::create(Arc::new(NcclComm::init(id, rank, world, convert::DEFAULT_TIMEOUT)?)));
-        Ok(())
-    })
-}
-
-/// The caller's own communicator, for ranks that nothing built in connects.
-///
-/// - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's
-///   still, and release is not called.
-/// - out: the new communicator, the caller's to destroy.
-///
-/// Local. Errors: RS_ERR_INVALID (naming the member that is missing), RS_ERR_UNKNOWN_FIELD.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_custom(ops: *const rs_comm_ops_t, out: *mut *mut rs_comm_t) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let out = Out::new(out, "out")?;
-        out.put(CommHandle::create(Arc::new(ForeignComm::new(read::sized(ops, "ops")?)?)));
-        Ok(())
-    })
-}
-
-/// Gives the caller's reference back. The communicator ends with its last reference; containers hold their own. NULL is nothing.
-///
-/// The last use of this handle, on any thread.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_comm_destroy(comm: *mut rs_comm_t) {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe { CommHandle::destroy(comm) });
-}
-
-/// Host memory that the processes of this host can read at memcpy's rate: weights that lie in it are not copied on their way to an
-/// rs_comm_local() peer, which may be a GPU's. Pin it with cudaHostRegister() to copy to and from it with a GPU of one's own. Zeroed,
-/// aligned to a page, all of it present.
-///
-/// - bytes: at least 1.
-/// - flags: 0.
-/// - out: its address; the caller's, to give to rs_mem_free().
-///
-/// Local; any thread. Errors: RS_ERR_INVALID, RS_ERR_MEMORY.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_mem_alloc(bytes: u64, flags: u32, out: *mut *mut c_void) -> rs_status_t {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe {
-        let out = Out::new(out, "out")?;
-        out.put(local::segment::alloc(bytes, flags)?.as_ptr().cast());
-        Ok(())
-    })
-}
-
-/// Gives memory of rs_mem_alloc() back, once no container uses it: rebind or destroy comes first. NULL is nothing. Any thread.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_mem_free(memory: *mut c_void) {
-    // SAFETY: what the comment asks of the caller.
-    call(|| unsafe { NonNull::new(memory.cast()).map_or(Ok(()), |m| local::segment::free(m)) });
-}
-
-/// The library's version: major, minor and patch, a byte each, 0x000102 being 0.1.2. Any thread.
-#[unsafe(no_mangle)]
-pub extern "C" fn rs_version() -> u32 {
-    VERSION
-}
-
-/// A status number's name, "RS_ERR_TIMEOUT" for instance; "unknown status" for a number that is none. Static; any thread.
-#[unsafe(no_mangle)]
-pub extern "C" fn rs_status_name(status: rs_status_t) -> *const c_char {
-    status_name(status).as_ptr()
-}
-
-/// What went wrong in this thread's last failing call, in English for a reader: the parameter, rank or peer, what was expected, what
-/// came, what to do. UTF-8, at most 2,047 bytes, "" before the first failure; a call that succeeds leaves it. Valid until this
-/// thread's next failing call.
-#[unsafe(no_mangle)]
-pub extern "C" fn rs_last_error() -> *const c_char {
-    last_error::text()
-}
-
-/// Sends log lines up to a level to a function, for the whole library. May be called again, to change or to stop it; when it
-/// returns, no thread is inside the former function any more.
-///
-/// - function: called from any thread that is inside a call, and from that of RS_CONFIG_WATCHDOG, by several at once; its strings are
-///   valid during the call. It may not call this library. NULL: no lines.
-/// - user: its first argument.
-/// - max_level: RS_LOG_ERROR to RS_LOG_TRACE; RS_LOG_OFF: no lines.
-///
-/// Local; any thread. Errors: RS_ERR_INVALID; RS_ERR_BUSY from inside the function; RS_ERR_STATE where the program links this library
-/// as Rust code and has a logger of its own.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn rs_set_log(function: rs_log_fn, user: *mut c_void, max_level: u32) -> rs_status_t {
-    call(|| logger::set(function, user, max_level))
-}
-
-const VERSION: u32 = number(env!("CARGO_PKG_VERSION_MAJOR")) << 16
-    | number(env!("CARGO_PKG_VERSION_MINOR")) << 8
-    | number(env!("CARGO_PKG_VERSION_PATCH"));
-
-const fn number(text: &str) -> u32 {
-    match u8::from_str_radix(text, 10) {
-        Ok(n) => n as u32,
-        Err(_) => panic!("a part of the version does not fit in a byte"),
-    }
 }

@@ -6,6 +6,7 @@
 compile_error!("build libreshard with panic = \"unwind\": under \"abort\" a bug in here ends the caller's process");
 
 pub mod api;
+pub mod api_comm;
 mod convert;
 mod handle;
 mod last_error;

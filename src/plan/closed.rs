@@ -42,7 +42,7 @@ impl<'w> Alike<'w> {
     }
 
     /// Classes and holders, and the class of `me`.
-    fn facts(&mut self, like: &Likeness) -> (TensorFacts<'w>, Option<u32>) {
+    pub(super) fn facts(&mut self, like: &Likeness) -> (TensorFacts<'w>, Option<u32>) {
         let world = self.world;
         let mut facts = TensorFacts { shape: Cow::Borrowed(world.shape(like)), ..TensorFacts::default() };
         let mut classes = vec![];

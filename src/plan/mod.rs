@@ -12,6 +12,7 @@ pub mod closed;
 pub mod facts;
 pub mod local;
 pub mod owners;
+pub mod parts;
 pub mod report;
 pub mod rounds;
 pub mod route;

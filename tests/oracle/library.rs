@@ -341,6 +341,16 @@ impl Container {
         ended(|| unsafe { rs_sync_weights(self.handle, &request) })
     }
 
+    /// Of what all ranks hold as `role`.
+    pub fn fingerprint(&mut self, role: u32, tensor: Option<&str>) -> Result<u128, Failure> {
+        let name = tensor.map(|t| CString::new(t).expect("no NUL"));
+        let mut out = [0xaa; 16];
+        // SAFETY: the handle is live, the name NUL-terminated, `out` has 16 bytes.
+        restoring(|| unsafe { rs_fingerprint(self.handle, role, name.as_ref().map_or(null(), |n| n.as_ptr()), out.as_mut_ptr()) })
+            .inspect_err(|_| assert_eq!(out, [0xaa; 16], "written by a call that failed"))?;
+        Ok(u128::from_le_bytes(out))
+    }
+
     /// What may end a call of this container from another thread, while the container lives.
     pub fn aborter(&self) -> Aborter {
         Aborter(self.handle)

@@ -14,6 +14,7 @@ pub mod run;
 pub mod sabotage;
 #[allow(dead_code)] // `properties` has its own worlds.
 pub mod small;
+pub mod sums;
 pub mod sweep;
 pub mod truth;
 pub mod valid;

@@ -18,18 +18,27 @@ pub fn run(case: &Case) -> Result<(), String> {
     world.all_ok("connect", |_, c| c.connect())?;
     plans::check(case, &world.containers, chance(rng, 30))?;
     world.sync(1, None)?;
+    if chance(rng, 40) {
+        world.check_sums(1, None)?;
+    }
     for version in 2..2 + rng.u64(0..3) {
         let moved = if chance(rng, 40) { world.move_house(rng)? } else { Vec::new() };
         let patterns = chance(rng, 50).then(|| some_names(case, rng));
         let what = |e: String| format!("version {version}, {wire:?}, rebound {moved:?}, only {patterns:?}: {e}");
-        world.sync(version * 1000, patterns.as_deref()).map_err(what)?;
+        world.sync(version * 1000, patterns.as_deref()).map_err(&what)?;
+        if let Some(first) = patterns.as_ref().and_then(|p| p.first()).filter(|_| chance(rng, 40)) {
+            world.check_sums(version * 1000, Some(first)).map_err(what)?;
+        }
     }
     let mut other = generate::case((mix(case.seed + 1) << 2) | (case.seed % 4), Some(case.ranks.len()));
     other.ranks.iter_mut().zip(&case.ranks).for_each(|(new, old)| new.host = old.host);
     if chance(rng, 25) {
         world.rebuild(&other, rng)?;
         plans::check(&other, &world.containers, true)?;
-        world.sync(9000, None).map_err(|e| format!("after other boxes, {other}: {e}"))?;
+        world
+            .sync(9000, None)
+            .and_then(|()| world.check_sums(9000, None))
+            .map_err(|e| format!("after other boxes, {other}: {e}"))?;
     }
     world.close()
 }

@@ -6,6 +6,7 @@ use super::mailbox::{Hub, Tally};
 use super::model::Case;
 use super::nccl::{self, Lent, Maker};
 use super::plans;
+use super::sums;
 use super::truth::{Memory, compare, lower_bound, write};
 use super::views::chance;
 use fastrand::Rng;
@@ -192,6 +193,22 @@ impl<'a> World<'a> {
             self.check_wire(&tally, &only)?;
         }
         self.check_params(&only, version)
+    }
+
+    /// What all ranks hold as sources, and what as targets once these are at the sources' version, of the tensors of `pattern` or of all.
+    pub fn check_sums(&mut self, version: u64, pattern: Option<&str>) -> Result<(), String> {
+        let named = |name: &str| pattern.is_some_and(|p| p.strip_suffix('*').map_or(p == name, |prefix| name.starts_with(prefix)));
+        for role in [RS_SOURCE, RS_TARGET] {
+            let wanted = sums::fingerprint(self.case, role, version, if pattern.is_some() { Some(&named) } else { None });
+            for (r, result) in self.all(|_, c| c.fingerprint(role, pattern)).into_iter().enumerate() {
+                match (&result, wanted) {
+                    (Ok(sum), Some(wanted)) if *sum == wanted => {}
+                    (Err(e), None) if e.status == RS_ERR_NOT_FOUND => {}
+                    _ => return Err(format!("rank {r}: fingerprint of role {role}, {pattern:?}: {result:x?}, not {wanted:x?}")),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What the test's own communicator saw since the last call.

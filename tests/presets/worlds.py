@@ -228,6 +228,7 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
             "received",
             total,
         )
+        check_fingerprints(model, ranks, containers)
         for rank, plan in enumerate(plans):
             check_plan(plan, rank, expected[rank])
             mine = containers[rank].describe(reshard.DESCRIBE_PLAN)
@@ -256,6 +257,40 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
             if r.preset:
                 r.preset.close()
     return ranks
+
+
+def check_fingerprints(model, ranks, containers):
+    """Trainer, engine and whole tensors have one number."""
+    found = {}
+
+    def ask(rank):
+        found[rank] = {containers[rank].fingerprint(role) for role in ROLES.values()}
+
+    on_threads(range(len(ranks)), ask)
+    check(all(len(numbers | found[0]) == 1 for numbers in found.values()), "fingerprints", found)
+    targets = [param for r in ranks for param in r.params["target"]]
+    # Rounding may make another NaN than the oracle's.
+    if not any(param.changes for param in targets):
+        names = sorted({name for param in targets for name in param.sources})
+        whole = whole_fingerprint(model, names)
+        check(found[0] == {whole}, "the world has the fingerprints", found[0], "whole tensors", whole)
+
+
+def whole_fingerprint(model, names):
+    """By one rank that holds each tensor in a buffer of its own."""
+    layout = reshard.Layout()
+    for name in names:
+        dtype, shape = model.held["target"].dtype_of(name), model.shapes[name]
+        bits = model.bits[model[name].ravel()].astype(np.uint32 if dtype[1] == 32 else np.uint16).reshape(shape)
+        strides = [s // bits.itemsize for s in bits.strides]
+        layout.tile(layout.tensor(name, shape), layout.buffer(name, bits, SOURCE, dtype), 0, shape, [0] * len(shape), shape, strides)
+    comm = LoopbackComm(next(hubs), 0, 1)
+    container = reshard.Container(layout, comm, "whole", TIMEOUT_MS)
+    container.connect()
+    out = container.fingerprint(SOURCE)
+    container.close()
+    comm.close()
+    return out
 
 
 def from_hugging_face(model, target, left_out=(), order=None):

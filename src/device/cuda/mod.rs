@@ -20,7 +20,8 @@ mod pieces;
 mod pool;
 
 use super::{
-    Batch, Copies, Device, Event, Export, Held, Imported, Job, Mem, Missing, OwnStream, Prepare, Registered, Signals, Stream,
+    Batch, Copies, Device, Event, Export, Held, HostBlock, Imported, Job, Mem, Missing, OwnStream, Prepare, Registered, Signals,
+    Stream,
 };
 use crate::abi::*;
 use crate::error::{Result, bail};
@@ -113,6 +114,10 @@ impl Device for CudaDevice {
 
     fn register(&self, host: Mem) -> Result<Registered> {
         Ok(self.named(RegisteredHost::shared(&self.gpu, host))?)
+    }
+
+    fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
+        Ok(Box::new(self.pinned(bytes)?))
     }
 
     fn converts(&self) -> bool {

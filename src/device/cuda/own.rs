@@ -2,11 +2,12 @@
 
 use super::gpu::Gpu;
 use crate::abi::*;
-use crate::device::{Mem, OwnStream, Stream};
+use crate::device::{HostBlock, Mem, OwnStream, Stream};
 use crate::error::{Result, bail};
 use cudarc::driver::sys::{self, CUstream};
 use std::ffi::c_void;
 use std::ptr;
+use std::slice;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// A stream that does not wait for the default stream.
@@ -61,7 +62,9 @@ impl Pinned {
         // SAFETY: writes its one result.
         let answer = unsafe { (gpu.api.cuMemHostAlloc)(&mut at, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
         gpu.api.done("cuMemHostAlloc", answer)?;
-        // SAFETY: an allocation of so many bytes, until `drop`.
+        // SAFETY: an allocation of so many bytes.
+        unsafe { at.cast::<u8>().write_bytes(0, bytes) };
+        // SAFETY: the same, until `drop`.
         let mem = unsafe { Mem::of((RS_DEVICE_CUDA_HOST, gpu.ordinal), at.cast(), bytes) };
         Ok(Pinned { gpu: gpu.clone(), mem })
     }
@@ -89,6 +92,17 @@ impl Pinned {
         // SAFETY: inside the allocation, which is host memory of our own.
         unsafe { ptr::copy_nonoverlapping(from.addr() as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
+    }
+}
+
+impl HostBlock for Pinned {
+    fn mem(&self) -> Mem {
+        self.mem
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: host memory of our own, zeroed when made; the caller says that no copy writes it.
+        unsafe { slice::from_raw_parts_mut(self.mem.addr() as *mut u8, self.mem.len()) }
     }
 }
 

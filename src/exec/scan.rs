@@ -1,0 +1,343 @@
+//! What this rank's memory adds to the digests of tensors.
+//!
+//! The device copies parts into host memory, a block at a time, converted where they must be, in the order of the tensor's elements;
+//! there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
+#![forbid(unsafe_code)]
+
+use super::{GRACE, lost, settle, until_done};
+use crate::comm::{Comm, Deadline};
+use crate::device::{Copies, Device, HostBlock, Job, Mem, Stream};
+use crate::digest::{Residue, elements, run};
+use crate::error::{Error, Result};
+use crate::geom::{Axis, Pattern, StridedCopy};
+use crate::plan::parts::Part;
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Bytes of a block: what stays in a core's cache; where each block is a launch and a wait, more.
+const BLOCK: u64 = 256 << 10;
+const LARGE_BLOCK: u64 = 16 << 20;
+
+/// What lies behind one another in a block begins at multiples of this.
+const ALIGN: u64 = 64;
+
+/// Elements that lie less than so many apart in a tensor are read as one run with zeros between them.
+const GAP: u64 = 8;
+
+/// Where the memory is and who reads it.
+pub struct Scan<'a> {
+    /// Who copies.
+    pub device: &'a dyn Device,
+    /// Whose end ends it.
+    pub comm: &'a dyn Comm,
+    /// The rank's own buffers, by row.
+    pub mems: &'a [Mem],
+    /// Threads that copy and sum, the caller's included.
+    pub threads: usize,
+    /// End of all waiting.
+    pub deadline: Deadline,
+}
+
+/// What the parts of a tensor on this rank add up to, before the tensor's own factor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Of those that count.
+    pub sum: Residue,
+    /// 0 over all ranks where all copies of each element are alike.
+    pub apart: Residue,
+    /// Elements that count.
+    pub elements: u64,
+}
+
+impl Tally {
+    /// With another one.
+    pub fn and(self, other: &Tally) -> Tally {
+        Tally { sum: self.sum + other.sum, apart: self.apart + other.apart, elements: self.elements + other.elements }
+    }
+
+    /// With a tensor's factor.
+    pub fn times(self, factor: Residue) -> Tally {
+        Tally { sum: self.sum * factor, apart: self.apart * factor, ..self }
+    }
+}
+
+/// A part of a part that lies in a block.
+struct Slice<'p> {
+    part: &'p Part,
+    pattern: Pattern,
+    copy: StridedCopy,
+    /// Bytes of the block that it takes.
+    bytes: u64,
+}
+
+impl Scan<'_> {
+    /// Tallies by ordinal of the tensor.
+    pub fn run(&self, parts: &[&Part]) -> Result<BTreeMap<u32, Tally>> {
+        let block = if matches!(self.device.copies(), Copies::Prepared(_)) { LARGE_BLOCK } else { BLOCK };
+        let loads = loads(parts, block);
+        let (next, ended) = (AtomicUsize::new(0), Mutex::new(Ok(BTreeMap::new())));
+        let threads = self.threads.clamp(1, loads.len().max(1));
+        let worker = || {
+            let mut own = BTreeMap::new();
+            let done = self.work(block, &mut || loads.get(next.fetch_add(1, Ordering::Relaxed)).map(Vec::as_slice), &mut own);
+            let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+            match (done, &mut *ended) {
+                (Ok(()), Ok(all)) => own.into_iter().for_each(|(tensor, tally)| add(all, tensor, tally)),
+                (Ok(()), Err(_)) => {}
+                (Err(e), _) => {
+                    next.store(loads.len(), Ordering::Relaxed);
+                    *ended = Err(e);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                // With fewer it takes longer.
+                if std::thread::Builder::new().spawn_scoped(scope, worker).is_err() {
+                    break;
+                }
+            }
+            worker();
+        });
+        ended.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Loads one after the other, in a block of its own.
+    fn work<'l>(
+        &self,
+        block: u64,
+        next: &mut dyn FnMut() -> Option<&'l [Slice<'l>]>,
+        out: &mut BTreeMap<u32, Tally>,
+    ) -> Result<()> {
+        let Some(mut load) = next() else { return Ok(()) };
+        let stream = match self.device.copies() {
+            Copies::Prepared(prepare) => Some(prepare.stream()?),
+            Copies::AsTheyAre(_) => None,
+        };
+        let mut memory = self.device.host_block(block as usize)?;
+        loop {
+            self.comm.check()?;
+            self.deadline.check(|| "the sums over this rank's weights".into())?;
+            if let Err(e) = self.read(load, &mut *memory, stream.as_ref().map_or(0, |s| s.raw())) {
+                if !e.over {
+                    std::mem::forget(memory);
+                }
+                return Err(e.error);
+            }
+            for slice in load {
+                add(out, slice.part.tensor, slice.tally(memory.bytes())?);
+            }
+            match next() {
+                Some(more) => load = more,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Fills a block.
+    fn read(&self, load: &[Slice<'_>], memory: &mut dyn HostBlock, stream: Stream) -> std::result::Result<(), Unread> {
+        for slice in load.iter().filter(|s| s.row().1 > 1) {
+            let place = memory.bytes().get_mut(slice.place()).ok_or_else(|| lost("a place in a block"))?;
+            place.fill(0);
+        }
+        let into = memory.mem();
+        let mut jobs = Vec::with_capacity(load.len());
+        for slice in load {
+            let from = self.mems.get(slice.part.buffer as usize).ok_or_else(|| lost("a buffer"))?;
+            jobs.push(Job::new(*from, into, &slice.copy)?);
+        }
+        let mut batch = None;
+        match self.device.copies() {
+            Copies::AsTheyAre(device) => device.copy(&jobs, stream)?,
+            Copies::Prepared(prepare) => {
+                let [list] = <[_; 1]>::try_from(prepare.prepare(&[jobs])?).map_err(|_| lost("a prepared list"))?;
+                batch.insert(list).start(stream)?;
+            }
+        }
+        let Err(error) = settle(self.device, stream, self.comm, self.deadline) else { return Ok(()) };
+        let end = Deadline::after(GRACE);
+        let over = until_done(self.device, stream, || end.check(|| "copies of a failed call".into())).is_ok();
+        if !over {
+            std::mem::forget(batch);
+        }
+        Err(Unread { error, over })
+    }
+}
+
+/// Why a block is not filled, and whether nothing fills it any more.
+struct Unread {
+    error: Error,
+    over: bool,
+}
+
+impl From<Error> for Unread {
+    fn from(error: Error) -> Unread {
+        Unread { error, over: true }
+    }
+}
+
+impl Slice<'_> {
+    /// Elements of a run in the block, and how far they lie apart in the tensor: the rest are zeros.
+    fn row(&self) -> (u64, u64) {
+        row(&self.pattern)
+    }
+
+    /// Where it lies in the block.
+    fn place(&self) -> Range<usize> {
+        self.copy.dst as usize..(self.copy.dst + self.bytes) as usize
+    }
+
+    fn tally(&self, block: &[u8]) -> Result<Tally> {
+        let bytes = block.get(self.place()).ok_or_else(|| lost("a place in a block"))?;
+        let item = self.part.item();
+        let (long, step) = self.row();
+        let outer = &self.pattern.axes[..self.pattern.axes.len() - usize::from(step > 0)];
+        let count = elements(self.pattern.volume());
+        let mut sum = count;
+        let mut rows = bytes.chunks_exact((long * item) as usize);
+        each(self.pattern.key, outer, &mut |key| {
+            if let Some(row) = rows.next() {
+                sum += run(row, key * item);
+            }
+        });
+        // What the others take away, if they hold the same.
+        let others = Residue::new(u128::from(self.part.copies - 1));
+        Ok(match self.part.counts {
+            true => Tally { sum, apart: sum * others, elements: self.pattern.volume() },
+            false => Tally { apart: -sum, ..Tally::default() },
+        })
+    }
+}
+
+/// Calls `f` with the number of each element of `axes`, the last fastest.
+fn each(key: u64, axes: &[Axis], f: &mut impl FnMut(u64)) {
+    match axes.split_first() {
+        None => f(key),
+        Some((axis, inner)) => (0..axis.extent).for_each(|i| each(key + i * axis.key, inner, f)),
+    }
+}
+
+/// Elements of a run in a block, those between the pattern's own among them, and the step of the pattern's; (1, 0): each is a run.
+fn row(pattern: &Pattern) -> (u64, u64) {
+    match pattern.axes.last() {
+        Some(a) if a.key <= GAP => ((a.extent - 1) * a.key + 1, a.key),
+        _ => (1, 0),
+    }
+}
+
+/// Elements that a pattern takes in a block.
+fn room(pattern: &Pattern) -> u64 {
+    let (long, step) = row(pattern);
+    let rows = &pattern.axes[..pattern.axes.len() - usize::from(step > 0)];
+    rows.iter().map(|a| a.extent).product::<u64>() * long
+}
+
+/// Appends patterns that take at most `most` elements in a block, which together are this one.
+fn cut(pattern: &Pattern, most: u64, out: &mut Vec<Pattern>) {
+    if room(pattern) <= most {
+        return out.push(pattern.clone());
+    }
+    let Some(first) = pattern.axes.first().copied() else { return };
+    let one = Pattern { axes: pattern.axes[1..].into(), ..pattern.clone() };
+    let steps = match pattern.axes.len() {
+        1 if first.key <= GAP => (most - 1) / first.key + 1,
+        1 => most,
+        _ => (most / room(&one)).max(1),
+    };
+    let mut from = 0;
+    while from < first.extent {
+        let extent = steps.min(first.extent - from);
+        let mut part = Pattern { key: pattern.key + from * first.key, val: pattern.val + from * first.val, ..one.clone() };
+        if extent > 1 {
+            part.axes.insert(0, Axis { extent, ..first });
+        }
+        cut(&part, most, out);
+        from += extent;
+    }
+}
+
+/// The parts in blocks of so many bytes.
+fn loads<'p>(parts: &[&'p Part], block: u64) -> Vec<Vec<Slice<'p>>> {
+    let mut out: Vec<Vec<Slice<'p>>> = vec![];
+    let mut end = block;
+    let mut patterns = vec![];
+    for part in parts {
+        let item = part.item();
+        cut(&part.pattern, block / item, &mut patterns);
+        for pattern in patterns.drain(..) {
+            let bytes = room(&pattern) * item;
+            let mut at = end.next_multiple_of(ALIGN);
+            if at + bytes > block {
+                out.push(vec![]);
+                at = 0;
+            }
+            end = at + bytes;
+            let mut copy = StridedCopy::converting(part.source_item(), part.convert, pattern.val, 0, steps(&pattern));
+            copy.dst = at;
+            if let Some(load) = out.last_mut() {
+                load.push(Slice { part, pattern, copy, bytes });
+            }
+        }
+    }
+    out
+}
+
+/// Extents and steps of a pattern, in its buffer and in a block.
+fn steps(pattern: &Pattern) -> SmallVec<[(u64, u64, u64); 4]> {
+    let (mut room, step) = row(pattern);
+    let mut out: SmallVec<[(u64, u64, u64); 4]> = SmallVec::new();
+    for (i, axis) in pattern.axes.iter().rev().enumerate() {
+        if i == 0 && step > 0 {
+            out.push((axis.extent, axis.val, step));
+        } else {
+            out.push((axis.extent, axis.val, room));
+            room *= axis.extent;
+        }
+    }
+    out
+}
+
+fn add(all: &mut BTreeMap<u32, Tally>, tensor: u32, more: Tally) {
+    let tally = all.entry(tensor).or_default();
+    *tally = tally.and(&more);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use smallvec::smallvec;
+
+    fn elements_of(p: &Pattern) -> Vec<(u64, u64)> {
+        let mut out = vec![(p.key, p.val)];
+        for a in &p.axes {
+            out = out.iter().flat_map(|&(k, v)| (0..a.extent).map(move |i| (k + i * a.key, v + i * a.val))).collect();
+        }
+        out.sort_unstable();
+        out
+    }
+
+    #[test]
+    fn cuts_fit_and_hold_each_element_once() {
+        let mut rng = fastrand::Rng::with_seed(8);
+        for _ in 0..3000 {
+            let mut span = 1;
+            let mut axes = smallvec![];
+            for _ in 0..rng.usize(0..4) {
+                let (extent, key) = (rng.u64(1..7), span * rng.u64(1..4));
+                axes.push(Axis { extent, key, val: rng.u64(1..40) });
+                span = key * extent;
+            }
+            let pattern = Pattern { key: rng.u64(0..9), val: rng.u64(0..9), axes }.coalesce();
+            let most = rng.u64(1..60);
+            let mut parts = vec![];
+            cut(&pattern, most, &mut parts);
+            assert!(parts.iter().all(|p| room(p) <= most), "{pattern:?} in {most}");
+            let mut all: Vec<_> = parts.iter().flat_map(elements_of).collect();
+            all.sort_unstable();
+            assert_eq!(all, elements_of(&pattern));
+        }
+    }
+}
