@@ -2,7 +2,7 @@
 """The job: six trainer processes put SmolLM2's weights into a C++ engine, twice change them, and the engine's text follows.
 
 Starts the processes of trainer.py and engine/main.cpp, gives all of them the same world spec, tells them what to do over pipes, compares
-what they answer. When one fails, all are ended and the failure is printed.
+what they answer: text, and whether trainer, engine and file hold the same weights. When one fails, all are ended and the failure is printed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TP, PP = 3, 2  # the trainer's cut
 TRAINERS = TP * PP
 SPARE_ROWS = 64  # of each engine rank's vocabulary, with --tables: memory that no sync may touch
+CHANGED = "every MLP weakened by a fifth"
 PATIENCE = 150  # seconds for any answer; the library's own deadlines are shorter and say more
 
 
@@ -139,6 +140,22 @@ def world_spec(model, first, engines, replicas):
     return {"model": config, "source": source, "target": target}
 
 
+def file_fingerprint(folder):
+    """That of the model as it lies on disk: one rank that holds each tensor whole."""
+    model, layout = megatron.Model(folder), reshard.Layout()
+    for name in model:
+        array = model[name]
+        box = array.shape, [0] * array.ndim, array.shape, [s // array.itemsize for s in array.strides]
+        layout.tile(layout.tensor(name, array.shape), layout.buffer(name, array, reshard.SOURCE), 0, *box)
+    comm = reshard.LocalComm(f"file-{os.getpid()}-{secrets.token_hex(4)}", 0, 1)
+    container = reshard.Container(layout, comm, "file")
+    container.connect()
+    out = container.fingerprint(reshard.SOURCE)
+    container.close()
+    comm.close()
+    return f"{out:032x}"
+
+
 class Job:
     def __init__(self, options):
         self.options = options
@@ -220,14 +237,25 @@ class Job:
         self.workers.clear()
         return ids
 
+    def fingerprint(self):
+        """That of the trainer's weights, which the engines' must have, as every rank says."""
+        numbers = {number for answer in ask(self.workers, "fingerprint") for number in answer.split()}
+        if len(numbers) != 1:
+            raise JobError(f"trainer and engine differ: fingerprints {sorted(numbers)}")
+        return numbers.pop()
+
     def version(self, number, engines, what):
-        """Syncs a version, checks the engine's parameters, generates."""
+        """Syncs a version, checks the engine's parameters, compares its weights with the trainer's, generates."""
         statistics = [json.loads(answer) for answer in ask(self.workers, f"sync {number}", f"version {number}")]
         self.syncs.append((number, statistics))
         params = sum(map(int, ask(engines, f"check {number}")))
+        fingerprint = self.fingerprint()
+        same = fingerprint == self.of_file
+        expect(same == (what != CHANGED), f"version {number} {'is' if same else 'is not'} what the file holds: fingerprint {fingerprint}")
         ids = self.generate(engines)
         padding = "" if self.spec else ", padding untouched"
         print(f"\nversion {number}, {what}: {params} parameters whole, at their first addresses{padding}")
+        print(f"  fingerprint of trainer and engine: {fingerprint}, {'that' if same else 'not that'} of the file")
         print("  " + self.tokenizer.decode(ids).strip().replace("\n", "\n  "), flush=True)
         return ids
 
@@ -242,6 +270,8 @@ class Job:
             self.check_spec()
         print(f"prompt:  {self.options.prompt}", flush=True)
         reference = self.reference()
+        self.of_file = file_fingerprint(self.options.model)
+        print(f"fingerprint of the file: {self.of_file}")
         print(f"reference, from the file:\n  {self.tokenizer.decode(reference).strip()}".replace("\n", "\n  "), flush=True)
 
         trainers = self.start_trainers()
@@ -254,7 +284,7 @@ class Job:
         first = self.version(1, engines, "the trainer's weights")
         expect(first == reference, "version 1 and the reference give different tokens")
         ask(trainers, "change")
-        second = self.version(2, engines, "every MLP weakened by a fifth")
+        second = self.version(2, engines, CHANGED)
         expect(second != first, "changed weights give the same tokens: with so few it may not show yet, try more --tokens")
         ask(trainers, "restore")
         third = self.version(3, engines, "restored")

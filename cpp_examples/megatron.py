@@ -24,6 +24,9 @@ class Model:
                     self._index[name] = offset, (rows, columns) if columns else (rows,)
         self._bytes = np.memmap(f"{folder}/weights.bin", mode="r")
 
+    def __iter__(self):
+        return iter(self._index)
+
     def __getitem__(self, name):
         offset, shape = self._index[name]
         return self._bytes[offset : offset + 2 * int(np.prod(shape))].view(np.uint16).reshape(shape)

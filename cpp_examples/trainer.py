@@ -2,7 +2,7 @@
 """One rank of the trainer as a process: numpy and ctypes only.
 
 Commands are lines on stdin, each answered by one line on stdout, "ok ..." or "error ...":
-    connect, sync V       as engine/main.cpp
+    connect, sync V, fingerprint         as engine/main.cpp
     change                a training step with a visible effect
     restore               takes it back
     check V, generate N ID.., memcpy     as engine/main.cpp, where this process holds an engine rank too (--engine-rank)
@@ -112,6 +112,8 @@ class Worker:
             return self.container.connect() or ""
         if command == "sync":
             return json.dumps(self.container.sync(int(words[0]), self.progress))
+        if command == "fingerprint":
+            return " ".join(f"{self.container.fingerprint(role):032x}" for role in (reshard.SOURCE, reshard.TARGET))
         if command == "change":
             self.before_change = self.rank.weaken_mlps(0.8)
             return len(self.before_change)

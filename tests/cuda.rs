@@ -423,13 +423,13 @@ fn every_call_may_fail() {
         let mut rng = Rng::with_seed(model::mix(i as u64));
         let kinds: Vec<gpu::Kind> = case.ranks.iter().map(|_| gpu::kind(&mut rng)).collect();
         let mut failed = 0;
-        for phase in 0..4 {
+        for phase in 0..5 {
             // Until the call that is to fail comes after the phase's last.
             for n in 1.. {
                 let (hit, error) = broken(&case, &kinds, phase, n);
                 failed += u32::from(error);
                 if !hit {
-                    assert!(n > 1 || phase == 3, "phase {phase} calls nothing");
+                    assert!(n > 1 || phase == 4, "phase {phase} calls nothing");
                     break;
                 }
             }
@@ -438,7 +438,7 @@ fn every_call_may_fail() {
     }
 }
 
-/// Runs a world whose `phase` (create, connect, sync, destroy) has the driver's n-th call fail; whether there was an n-th call, and
+/// Runs a world whose `phase` (create, connect, sync, fingerprint, destroy) has the driver's n-th call fail; whether there was an n-th call, and
 /// whether anybody was told.
 fn broken(case: &Case, kinds: &[gpu::Kind], phase: u32, n: u64) -> (bool, bool) {
     let live = counted(c"standin_live");
@@ -469,6 +469,9 @@ fn broken(case: &Case, kinds: &[gpu::Kind], phase: u32, n: u64) -> (bool, bool) 
         world.memories.iter().for_each(|m| drop(m.bytes()));
         told = run(2, &mut |w| w.all(|c| c.sync(1, None)), &mut world);
     }
+    if told.iter().all(Result::is_ok) {
+        told = run(3, &mut |w| w.all(|c| c.fingerprint(RS_TARGET, None).map(|_| ())), &mut world);
+    }
     let failures: Vec<&Failure> = told.iter().filter_map(|t| t.as_ref().err()).collect();
     if let Some(first) = failures.first() {
         let named = failures.iter().any(|f| f.text.contains("CUDA_ERROR_UNKNOWN (999)") && f.text.contains("cu"));
@@ -482,7 +485,7 @@ fn broken(case: &Case, kinds: &[gpu::Kind], phase: u32, n: u64) -> (bool, bool) 
     }
     let error = !failures.is_empty();
     run(
-        3,
+        4,
         &mut |w| {
             w.containers.clear();
             w.comms.clear();

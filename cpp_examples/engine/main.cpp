@@ -9,12 +9,14 @@
 // "ok ..." or "error ...":
 //   connect         meet the other ranks of the world and plan
 //   sync V          take version V; lines "progress DONE TOTAL" come before the answer: what rs_container_describe() says
+//   fingerprint     of the trainer's weights and of the engine's: two numbers
 //   check V         all parameters are at their old addresses and whole at version V, the padding is untouched; answers their number
 //   generate N ID.. the N tokens after the prompt
 //   memcpy          this machine's rate of plain memcpy in bytes per second
 #include <reshard.hpp>
 
 #include <chrono>
+#include <iomanip>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -111,6 +113,17 @@ size_t check_params(const reshard::Container &container, const rs_layout_t *layo
   return layout->buffer_count;
 }
 
+// Two numbers in hexadecimal, as Python prints them.
+std::string fingerprints(const reshard::Container &container) {
+  std::ostringstream out;
+  for (uint32_t role : {RS_SOURCE, RS_TARGET}) {
+    const auto bytes = container.fingerprint(role);
+    for (size_t i = bytes.size(); i-- > 0;) out << std::hex << std::setw(2) << std::setfill('0') << unsigned{bytes[i]};
+    out << ' ';
+  }
+  return out.str();
+}
+
 std::string generate(engine *e, std::istream &words) {
   int count = 0;
   words >> count;
@@ -132,6 +145,7 @@ std::string answer(engine *e, reshard::Container &container, const std::string &
   if (!container.get()) throw std::runtime_error("no command of a rank with --reference: " + line);
   if (command == "connect") return container.connect(), "";
   if (command == "sync" && words >> version) return sync(container, version);
+  if (command == "fingerprint") return fingerprints(container);
   if (command == "check" && words >> version) {
     check_engine(engine_check_padding(e));
     return std::to_string(check_params(container, engine_layout(e), version));
