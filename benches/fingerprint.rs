@@ -44,11 +44,7 @@ fn cases() -> Vec<(&'static str, Vec<i64>, Vec<Shard>)> {
         ),
         ("rows of 256 bytes", vec![n, 64, 128], (0..64).map(|i| source(&[0, i, 0], &[n, 1, 128], &[128, 0, 1])).collect()),
         ("transposed", vec![n, m], vec![source(&[0, 0], &[n, m], &[1, n])]),
-        (
-            "every second element",
-            vec![n, half, 2],
-            (0..2).map(|i| source(&[0, 0, i], &[n, half, 1], &[half, 1, 0])).collect(),
-        ),
+        ("every second element", vec![n, half, 2], (0..2).map(|i| source(&[0, 0, i], &[n, half, 1], &[half, 1, 0])).collect()),
         ("fp32 of bf16 targets", vec![half, n], vec![cast(FP32, RS_SOURCE), cast(BF16, RS_TARGET)]),
     ]
 }

@@ -61,6 +61,8 @@ pub const RS_ERR_DEVICE: rs_status_t = -44;
 pub const RS_ERR_MEMORY: rs_status_t = -45;
 /// A bug in this library, a panic for instance. Destroy the container.
 pub const RS_ERR_INTERNAL: rs_status_t = -46;
+/// RS_SYNC_VERIFY found bytes that are not those that were sent.
+pub const RS_ERR_CORRUPT: rs_status_t = -47;
 
 /// `rs_buffer_t.role`, bit: the trainer's side, read by a sync.
 pub const RS_SOURCE: u32 = 1;
@@ -94,6 +96,12 @@ pub const RS_LOCAL_RING: u32 = 2;
 /// `rs_config_t.flags`: a thread of the library calls rs_container_poll() while a sync is in progress, so that a peer's death or a deadline
 /// ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
 pub const RS_CONFIG_WATCHDOG: u32 = 1;
+
+/// `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum of
+/// the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and all
+/// targets of the sync are torn. Sources and targets are read once more, through host memory, before the call returns: it waits for
+/// its stream, which may not be one that is being captured, and answers RS_OK.
+pub const RS_SYNC_VERIFY: u32 = 1;
 
 /// `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong).
 pub const RS_PARAM_INITIAL: u32 = 0;
@@ -378,7 +386,7 @@ pub struct rs_sync_t {
     pub only_count: usize,
     /// Longest that the sync may take, from the call to its end, in milliseconds; 0: the container's.
     pub timeout_ms: u32,
-    /// 0.
+    /// RS_SYNC_VERIFY or 0.
     pub flags: u32,
     /// Called now and then while bytes move; NULL: never.
     pub progress: rs_progress_fn,

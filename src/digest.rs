@@ -38,6 +38,11 @@ impl Residue {
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
     }
+
+    /// From what [`Residue::to_bytes`] gave.
+    pub fn from_bytes(bytes: &[u8]) -> Residue {
+        Residue::new(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u128::from(byte)))
+    }
 }
 
 impl Add for Residue {
@@ -221,7 +226,7 @@ mod tests {
             assert_eq!((x * y).0, product(a, b), "{a} * {b}");
             assert_eq!((x + y).0, (a + b) % P);
             assert_eq!((x - y) + y, x);
-            assert_eq!(u128::from_le_bytes(x.to_bytes()), a % P);
+            assert_eq!(Residue::from_bytes(&x.to_bytes()), x);
             let any = rng.u128(..);
             assert_eq!(Residue::new(any).0, any % P);
         }

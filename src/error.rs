@@ -82,6 +82,7 @@ pub fn status_name(status: rs_status_t) -> &'static CStr {
         RS_ERR_DEVICE => c"RS_ERR_DEVICE",
         RS_ERR_MEMORY => c"RS_ERR_MEMORY",
         RS_ERR_INTERNAL => c"RS_ERR_INTERNAL",
+        RS_ERR_CORRUPT => c"RS_ERR_CORRUPT",
         _ => c"unknown status",
     }
 }

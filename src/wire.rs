@@ -194,6 +194,8 @@ impl Outcome {
 pub enum Call {
     /// rs_sync_weights
     Sync,
+    /// The same with RS_SYNC_VERIFY.
+    VerifiedSync,
     /// rs_fingerprint
     Fingerprint,
 }
@@ -203,6 +205,7 @@ impl Call {
     pub fn name(self) -> &'static str {
         match self {
             Call::Sync => "rs_sync_weights",
+            Call::VerifiedSync => "rs_sync_weights with RS_SYNC_VERIFY",
             Call::Fingerprint => "rs_fingerprint",
         }
     }
@@ -238,7 +241,8 @@ impl Header {
     /// What a rank sent.
     pub fn decode(bytes: &[u8]) -> Header {
         let w = parse::<5>(bytes);
-        let call = if w[4] >> 32 == Call::Sync as u64 { Call::Sync } else { Call::Fingerprint };
+        let known = [Call::Sync, Call::VerifiedSync].into_iter().find(|&call| w[4] >> 32 == call as u64);
+        let call = known.unwrap_or(Call::Fingerprint);
         Header { call, version: w[0], plan: w[1], subset: w[2], binding: w[3], status: w[4] as u32 as i32 }
     }
 }

@@ -8,7 +8,7 @@ use crate::abi::*;
 use crate::comm::{Comm, Deadline};
 use crate::digest::{Residue, scale};
 use crate::error::{Error, Result, bail};
-use crate::exec::scan::{Scan, Tally};
+use crate::exec::scan::{self, Scan, Sum};
 use crate::plan::parts::{self, Part};
 use crate::wire::{Call, Header, Table};
 use std::collections::BTreeMap;
@@ -25,6 +25,38 @@ struct Asked {
 impl Asked {
     fn wants(&self, part: &Part) -> bool {
         self.tensors.as_ref().map_or(part.moved, |chosen| chosen[part.tensor as usize])
+    }
+}
+
+/// What a rank adds.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    /// Of what counts.
+    sum: Residue,
+    /// 0 over all ranks where all copies of each element are alike.
+    apart: Residue,
+    /// Elements that count.
+    elements: u64,
+}
+
+impl Tally {
+    fn new(part: &Part, sum: Residue) -> Tally {
+        if !part.counts {
+            return Tally { apart: -sum, ..Tally::default() };
+        }
+        // What the others take away, if they hold the same.
+        let others = Residue::new(u128::from(part.copies - 1));
+        Tally { sum, apart: sum * others, elements: part.pattern.volume() }
+    }
+
+    fn and(self, other: &Tally) -> Tally {
+        Tally { sum: self.sum + other.sum, apart: self.apart + other.apart, elements: self.elements + other.elements }
+    }
+}
+
+impl Part {
+    fn scanned(&self) -> scan::Part {
+        scan::Part { buffer: self.buffer, item: self.source_item(), convert: self.convert, pattern: self.pattern.clone() }
     }
 }
 
@@ -66,27 +98,27 @@ impl Container {
         };
         let tallies = parts.as_ref().map_err(Error::clone).and_then(|all| {
             let wanted: Vec<&Part> = all.iter().filter(|part| asked.wants(part)).collect();
-            let scan = Scan { device: &*self.device, comm, mems: &self.mems, threads: self.threads, deadline };
-            scan.run(&wanted)
+            let scan = Scan { device: &*self.device, comm, mems: &self.mems, threads: self.threads, deadline, sum: Sum::Digest };
+            let sums = scan.run(&wanted.iter().map(|part| part.scanned()).collect::<Vec<_>>())?;
+            let mut tallies: BTreeMap<u32, Tally> = BTreeMap::new();
+            for (part, sum) in wanted.into_iter().zip(sums) {
+                let tensor = &c.union.tensors[part.tensor as usize];
+                let sum = sum * scale(&tensor.name, part.kind(), &tensor.shape);
+                let tally = tallies.entry(part.tensor).or_default();
+                *tally = tally.and(&Tally::new(part, sum));
+            }
+            Ok(tallies)
         });
         agree_outcome(comm, tallies.as_ref().map(|_| (0, 0)), deadline)?;
-        let (parts, mut tallies) = (parts?, tallies?);
-        let mut scaled = BTreeMap::new();
-        for part in &parts {
-            // Once for each tensor: what has been scaled is out of the list.
-            if let Some(tally) = tallies.remove(&part.tensor) {
-                let tensor = &c.union.tensors[part.tensor as usize];
-                scaled.insert(part.tensor, tally.times(scale(&tensor.name, part.kind(), &tensor.shape)));
-            }
-        }
+        let tallies = tallies?;
         // Only now, as all ranks ask for tables again or none does.
-        c.parts[asked.side] = Some(parts);
+        c.parts[asked.side] = Some(parts?);
 
-        let own = scaled.values().fold(Tally::default(), |sum, tally| sum.and(tally));
+        let own = tallies.values().fold(Tally::default(), |sum, tally| sum.and(tally));
         let all = totals(comm, &own, deadline)?;
         let held_as = ["source", "target"][asked.side];
         if all.apart != Residue::default() {
-            let name = differing(comm, c, &scaled, deadline)?;
+            let name = differing(comm, c, &tallies, deadline)?;
             bail!(
                 RS_ERR_MISMATCH,
                 "tensor '{name}': the ranks that hold the same part of it as {held_as} do not hold the same bytes, so it has no fingerprint"
@@ -147,12 +179,11 @@ impl Container {
 fn totals(comm: &dyn Comm, own: &Tally, deadline: Deadline) -> Result<Tally> {
     let mine = [&own.sum.to_bytes()[..], &own.apart.to_bytes(), &own.elements.to_le_bytes()].concat();
     let all = comm.allgather(&mine, deadline).map_err(|e| give_up(comm, e))?;
-    let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |n, &byte| n << 8 | u128::from(byte));
     Ok(all.chunks_exact(mine.len()).fold(Tally::default(), |sum, of| {
         sum.and(&Tally {
-            sum: Residue::new(number(&of[..16])),
-            apart: Residue::new(number(&of[16..32])),
-            elements: number(&of[32..]) as u64,
+            sum: Residue::from_bytes(&of[..16]),
+            apart: Residue::from_bytes(&of[16..32]),
+            elements: of[32..].iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)),
         })
     }))
 }

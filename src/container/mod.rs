@@ -16,6 +16,7 @@ mod ground;
 pub mod host;
 pub mod state;
 pub mod sync;
+mod verify;
 
 use crate::abi::*;
 use crate::comm::Comm;
@@ -75,6 +76,8 @@ pub struct Sync {
     pub only: Option<Vec<String>>,
     /// Longest time of the call, if it is not the container's.
     pub timeout: Option<Duration>,
+    /// Whether what landed is compared with what was sent.
+    pub verify: bool,
 }
 
 /// Where a container is in its life.

@@ -24,7 +24,8 @@ impl Container {
         let (mut connected, comm, turn) = self.begin()?;
         self.control.started();
         let result = if connected.streams {
-            self.put(&comm, &mut connected, request, turn).map(|()| false)
+            let put = self.put(&comm, &mut connected, request, turn);
+            if request.verify { put.and_then(|()| self.landed(&*comm, &connected)).map(|()| true) } else { put.map(|()| false) }
         } else {
             let result = self.version(&*comm, &mut connected, request, progress);
             self.ended(format_args!("sync of version {}", request.version), &result, None);
@@ -165,7 +166,7 @@ impl Container {
         // Before the header: whoever has that, may let its stream wait for ours.
         let ready = ready.and_then(|()| c.signs.as_ref().map_or(Ok(()), |s| s.ready(request.stream, c.number)));
         let subset = ready.and_then(|()| self.subset(c, request));
-        let subset = subset.and_then(|s| self.grounded(c, comm.rank(), s.as_deref()).map(|()| s));
+        let subset = subset.and_then(|s| self.able(c, comm.rank(), s.as_deref(), request).map(|()| s));
         let header = self.header(c, request, &subset);
         let mut flight = Flight::new(&self.device, comm, request.stream, deadline, header, c.number, turn);
         // A stream that was refused has nothing of ours.
@@ -208,6 +209,25 @@ impl Container {
         };
         self.conclude(c, &flight, over);
         Err(error)
+    }
+
+    /// Waits for the sync that was put on the stream, and verifies it.
+    fn landed(&mut self, comm: &dyn Comm, c: &Connected) -> Result<()> {
+        let Some(mut flight) = held(&mut self.flight).take() else { return Ok(()) };
+        let over = match finish(&mut flight, c.signs.as_ref()) {
+            Step::Landed => match self.verify(comm, c, flight.subset.as_deref(), flight.deadline) {
+                Ok(()) => Step::Landed,
+                Err(error) => Step::Failed { error, landed: false, stuck: None },
+            },
+            over => over,
+        };
+        let result = match &over {
+            Step::Failed { error, .. } => Err(error.clone()),
+            _ => Ok(()),
+        };
+        // A rank without a byte of its own to write has no target that could be torn.
+        self.conclude(c, &flight, over);
+        result
     }
 
     /// Everything from the header to the mark at its end on the stream.
@@ -256,6 +276,12 @@ impl Container {
                  rank stay on that rank can be"
             );
         }
+        if capturing && request.verify {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "the stream is being captured into a graph: RS_SYNC_VERIFY waits for what is moved, which nothing is now"
+            );
+        }
         if capturing && request.only.is_some() {
             bail!(RS_ERR_UNSUPPORTED, "the stream is being captured into a graph: such a sync takes all tensors, without `only`");
         }
@@ -265,7 +291,7 @@ impl Container {
     /// What this rank says of its sync.
     fn header(&self, c: &Connected, request: &Sync, subset: &Result<Option<Vec<bool>>>) -> Header {
         Header {
-            call: Call::Sync,
+            call: if request.verify { Call::VerifiedSync } else { Call::Sync },
             version: request.version,
             plan: c.digest,
             subset: subset.as_ref().ok().and_then(Option::as_deref).map_or(0, digest),
@@ -282,7 +308,7 @@ impl Container {
         let ready = self.capturing(c, request).and_then(|_| self.behind(c, request.stream));
         let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));
         let subset = ready.and_then(|()| self.subset(c, request));
-        let subset = subset.and_then(|s| self.grounded(c, comm.rank(), s.as_deref()).map(|()| s));
+        let subset = subset.and_then(|s| self.able(c, comm.rank(), s.as_deref(), request).map(|()| s));
         let mine = self.header(c, request, &subset);
         let headers = gather(comm, &mine, deadline).map_err(|e| give_up(comm, e))?;
         // All ranks see the same headers: where one stops here, all do, and nothing has moved.
@@ -293,18 +319,22 @@ impl Container {
         let landed = self.land(comm, c, request.stream, (&mine, &headers), subset.as_deref(), &wrote, deadline, progress);
         let agreed = landed.clone().and_then(|()| agreed(&mine, &comm.allgather(&mine.encode(), deadline)?));
         let agreed = agreed.map_err(|e| give_up(comm, e));
-        let state = match (&landed, &agreed) {
-            (_, Ok(())) => Some(RS_PARAM_SYNCED),
-            (Ok(()), Err(_)) => Some(RS_PARAM_LANDED),
-            (Err(_), _) => wrote.load(Ordering::Relaxed).then_some(RS_PARAM_TORN),
+        // What this finds, all ranks find: nobody need be told.
+        let verify = |()| if request.verify { self.verify(comm, c, subset.as_deref(), deadline) } else { Ok(()) };
+        let whole = agreed.clone().and_then(verify);
+        let state = match (&landed, &agreed, &whole) {
+            (_, _, Ok(())) => Some(RS_PARAM_SYNCED),
+            (_, Ok(()), Err(_)) => Some(RS_PARAM_TORN),
+            (Ok(()), Err(_), _) => Some(RS_PARAM_LANDED),
+            (Err(_), _, _) => wrote.load(Ordering::Relaxed).then_some(RS_PARAM_TORN),
         };
         if let Some(state) = state {
             self.mark(c, subset.as_deref(), state, request.version);
         }
-        if agreed.is_ok() {
+        if whole.is_ok() {
             self.count(c, comm, subset.is_some(), request.version, begun);
         }
-        agreed
+        whole
     }
 
     /// New addresses of other ranks, and the lists of a new subset.
@@ -359,7 +389,14 @@ impl Container {
         moved
     }
 
-    /// An error if memory is gone that this sync uses.
+    /// An error if memory is gone that this sync uses, or cannot be looked at where it must be.
+    fn able(&self, c: &Connected, me: u32, subset: Option<&[bool]>, request: &Sync) -> Result<()> {
+        if request.verify {
+            self.device.host_block(1).map_err(|e| e.context("RS_SYNC_VERIFY"))?;
+        }
+        self.grounded(c, me, subset)
+    }
+
     fn grounded(&self, c: &Connected, me: u32, subset: Option<&[bool]>) -> Result<()> {
         // After a rebind others open what is new.
         let lent = (c.bindings.get(me as usize) == Some(&self.binding)).then_some(&c.lent);

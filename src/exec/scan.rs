@@ -1,24 +1,26 @@
-//! What this rank's memory adds to the digests of tensors.
+//! Sums over this rank's memory: digests of parts of tensors, and checksums of what was sent and what landed.
 //!
-//! The device copies parts into host memory, a block at a time, converted where they must be, in the order of the tensor's elements;
-//! there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
+//! The device copies parts into host memory, a block at a time, converted where they must be, in an order that does not depend on how
+//! they lie; there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
 #![forbid(unsafe_code)]
 
 use super::{GRACE, lost, settle, until_done};
 use crate::comm::{Comm, Deadline};
+use crate::convert::Convert;
 use crate::device::{Copies, Device, HostBlock, Job, Mem, Stream};
 use crate::digest::{Residue, elements, run};
 use crate::error::{Error, Result};
 use crate::geom::{Axis, Pattern, StridedCopy};
-use crate::plan::parts::Part;
 use smallvec::SmallVec;
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-/// Bytes of a block: what stays in a core's cache; where each block is a launch and a wait, more.
-const BLOCK: u64 = 256 << 10;
+/// Most bytes that are copied and summed at once, equal on all ranks; what stays in a core's cache.
+const SLICE: u64 = 256 << 10;
+
+/// Bytes of a block where each is a launch and a wait.
 const LARGE_BLOCK: u64 = 16 << 20;
 
 /// What lies behind one another in a block begins at multiples of this.
@@ -26,6 +28,27 @@ const ALIGN: u64 = 64;
 
 /// Elements that lie less than so many apart in a tensor are read as one run with zeros between them.
 const GAP: u64 = 8;
+
+/// A box of a tensor in a buffer of this rank.
+pub struct Part {
+    /// Row of the buffer.
+    pub buffer: u32,
+    /// Bytes of an element of the buffer.
+    pub item: u32,
+    /// What each element becomes first.
+    pub convert: Option<Convert>,
+    /// `key` counts elements of the tensor, `val` those of the buffer.
+    pub pattern: Pattern,
+}
+
+/// How a part becomes a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sum {
+    /// What it adds to the digest of its tensor ([`crate::digest`]): any parts that hold the same elements have the same sum.
+    Digest,
+    /// A checksum of its elements in the order of its axes: the same of both ends of a piece. Faster.
+    Checksum,
+}
 
 /// Where the memory is and who reads it.
 pub struct Scan<'a> {
@@ -39,53 +62,36 @@ pub struct Scan<'a> {
     pub threads: usize,
     /// End of all waiting.
     pub deadline: Deadline,
-}
-
-/// What the parts of a tensor on this rank add up to, before the tensor's own factor.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Of those that count.
-    pub sum: Residue,
-    /// 0 over all ranks where all copies of each element are alike.
-    pub apart: Residue,
-    /// Elements that count.
-    pub elements: u64,
-}
-
-impl Tally {
-    /// With another one.
-    pub fn and(self, other: &Tally) -> Tally {
-        Tally { sum: self.sum + other.sum, apart: self.apart + other.apart, elements: self.elements + other.elements }
-    }
-
-    /// With a tensor's factor.
-    pub fn times(self, factor: Residue) -> Tally {
-        Tally { sum: self.sum * factor, apart: self.apart * factor, ..self }
-    }
+    /// What to make of the parts.
+    pub sum: Sum,
 }
 
 /// A part of a part that lies in a block.
 struct Slice<'p> {
+    /// Which of the parts it is of.
+    of: usize,
     part: &'p Part,
     pattern: Pattern,
     copy: StridedCopy,
     /// Bytes of the block that it takes.
     bytes: u64,
+    /// Elements of a run in the block, and how far they lie apart in the tensor, with zeros between them; (1, 0): each is a run.
+    row: (u64, u64),
 }
 
 impl Scan<'_> {
-    /// Tallies by ordinal of the tensor.
-    pub fn run(&self, parts: &[&Part]) -> Result<BTreeMap<u32, Tally>> {
-        let block = if matches!(self.device.copies(), Copies::Prepared(_)) { LARGE_BLOCK } else { BLOCK };
-        let loads = loads(parts, block);
-        let (next, ended) = (AtomicUsize::new(0), Mutex::new(Ok(BTreeMap::new())));
+    /// The number of each part.
+    pub fn run(&self, parts: &[Part]) -> Result<Vec<Residue>> {
+        let block = if matches!(self.device.copies(), Copies::Prepared(_)) { LARGE_BLOCK } else { SLICE };
+        let loads = loads(parts, self.sum, block);
+        let (next, ended) = (AtomicUsize::new(0), Mutex::new(Ok(vec![Residue::default(); parts.len()])));
         let threads = self.threads.clamp(1, loads.len().max(1));
         let worker = || {
-            let mut own = BTreeMap::new();
+            let mut own = vec![];
             let done = self.work(block, &mut || loads.get(next.fetch_add(1, Ordering::Relaxed)).map(Vec::as_slice), &mut own);
             let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
             match (done, &mut *ended) {
-                (Ok(()), Ok(all)) => own.into_iter().for_each(|(tensor, tally)| add(all, tensor, tally)),
+                (Ok(()), Ok(all)) => own.into_iter().for_each(|(part, number): (usize, Residue)| all[part] += number),
                 (Ok(()), Err(_)) => {}
                 (Err(e), _) => {
                     next.store(loads.len(), Ordering::Relaxed);
@@ -110,7 +116,7 @@ impl Scan<'_> {
         &self,
         block: u64,
         next: &mut dyn FnMut() -> Option<&'l [Slice<'l>]>,
-        out: &mut BTreeMap<u32, Tally>,
+        out: &mut Vec<(usize, Residue)>,
     ) -> Result<()> {
         let Some(mut load) = next() else { return Ok(()) };
         let stream = match self.device.copies() {
@@ -128,7 +134,11 @@ impl Scan<'_> {
                 return Err(e.error);
             }
             for slice in load {
-                add(out, slice.part.tensor, slice.tally(memory.bytes())?);
+                let number = slice.number(self.sum, memory.bytes())?;
+                match out.last_mut() {
+                    Some((of, sum)) if *of == slice.of => *sum += number,
+                    _ => out.push((slice.of, number)),
+                }
             }
             match next() {
                 Some(more) => load = more,
@@ -139,7 +149,7 @@ impl Scan<'_> {
 
     /// Fills a block.
     fn read(&self, load: &[Slice<'_>], memory: &mut dyn HostBlock, stream: Stream) -> std::result::Result<(), Unread> {
-        for slice in load.iter().filter(|s| s.row().1 > 1) {
+        for slice in load.iter().filter(|s| s.row.1 > 1) {
             let place = memory.bytes().get_mut(slice.place()).ok_or_else(|| lost("a place in a block"))?;
             place.fill(0);
         }
@@ -180,35 +190,34 @@ impl From<Error> for Unread {
 }
 
 impl Slice<'_> {
-    /// Elements of a run in the block, and how far they lie apart in the tensor: the rest are zeros.
-    fn row(&self) -> (u64, u64) {
-        row(&self.pattern)
-    }
-
     /// Where it lies in the block.
     fn place(&self) -> Range<usize> {
         self.copy.dst as usize..(self.copy.dst + self.bytes) as usize
     }
 
-    fn tally(&self, block: &[u8]) -> Result<Tally> {
+    fn number(&self, sum: Sum, block: &[u8]) -> Result<Residue> {
         let bytes = block.get(self.place()).ok_or_else(|| lost("a place in a block"))?;
-        let item = self.part.item();
-        let (long, step) = self.row();
+        if sum == Sum::Checksum {
+            return Ok(Residue::new(xxh3_128_with_seed(bytes, self.pattern.key)));
+        }
+        let (long, step) = self.row;
+        let item = self.part.to_item();
         let outer = &self.pattern.axes[..self.pattern.axes.len() - usize::from(step > 0)];
-        let count = elements(self.pattern.volume());
-        let mut sum = count;
+        let mut out = elements(self.pattern.volume());
         let mut rows = bytes.chunks_exact((long * item) as usize);
         each(self.pattern.key, outer, &mut |key| {
             if let Some(row) = rows.next() {
-                sum += run(row, key * item);
+                out += run(row, key * item);
             }
         });
-        // What the others take away, if they hold the same.
-        let others = Residue::new(u128::from(self.part.copies - 1));
-        Ok(match self.part.counts {
-            true => Tally { sum, apart: sum * others, elements: self.pattern.volume() },
-            false => Tally { apart: -sum, ..Tally::default() },
-        })
+        Ok(out)
+    }
+}
+
+impl Part {
+    /// Bytes of an element in a block.
+    fn to_item(&self) -> u64 {
+        u64::from(self.convert.map_or(self.item, |c| c.to.item()))
     }
 }
 
@@ -220,32 +229,32 @@ fn each(key: u64, axes: &[Axis], f: &mut impl FnMut(u64)) {
     }
 }
 
-/// Elements of a run in a block, those between the pattern's own among them, and the step of the pattern's; (1, 0): each is a run.
-fn row(pattern: &Pattern) -> (u64, u64) {
+/// See [`Slice::row`].
+fn row(pattern: &Pattern, sum: Sum) -> (u64, u64) {
     match pattern.axes.last() {
-        Some(a) if a.key <= GAP => ((a.extent - 1) * a.key + 1, a.key),
+        Some(a) if sum == Sum::Digest && a.key <= GAP => ((a.extent - 1) * a.key + 1, a.key),
         _ => (1, 0),
     }
 }
 
 /// Elements that a pattern takes in a block.
-fn room(pattern: &Pattern) -> u64 {
-    let (long, step) = row(pattern);
+fn room(pattern: &Pattern, sum: Sum) -> u64 {
+    let (long, step) = row(pattern, sum);
     let rows = &pattern.axes[..pattern.axes.len() - usize::from(step > 0)];
     rows.iter().map(|a| a.extent).product::<u64>() * long
 }
 
 /// Appends patterns that take at most `most` elements in a block, which together are this one.
-fn cut(pattern: &Pattern, most: u64, out: &mut Vec<Pattern>) {
-    if room(pattern) <= most {
+fn cut(pattern: &Pattern, sum: Sum, most: u64, out: &mut Vec<Pattern>) {
+    if room(pattern, sum) <= most {
         return out.push(pattern.clone());
     }
     let Some(first) = pattern.axes.first().copied() else { return };
     let one = Pattern { axes: pattern.axes[1..].into(), ..pattern.clone() };
-    let steps = match pattern.axes.len() {
-        1 if first.key <= GAP => (most - 1) / first.key + 1,
-        1 => most,
-        _ => (most / room(&one)).max(1),
+    let steps = match (pattern.axes.len(), row(pattern, sum).1) {
+        (1, 0) => most,
+        (1, step) => (most - 1) / step + 1,
+        _ => (most / room(&one, sum)).max(1),
     };
     let mut from = 0;
     while from < first.extent {
@@ -254,31 +263,31 @@ fn cut(pattern: &Pattern, most: u64, out: &mut Vec<Pattern>) {
         if extent > 1 {
             part.axes.insert(0, Axis { extent, ..first });
         }
-        cut(&part, most, out);
+        cut(&part, sum, most, out);
         from += extent;
     }
 }
 
 /// The parts in blocks of so many bytes.
-fn loads<'p>(parts: &[&'p Part], block: u64) -> Vec<Vec<Slice<'p>>> {
-    let mut out: Vec<Vec<Slice<'p>>> = vec![];
+fn loads(parts: &[Part], sum: Sum, block: u64) -> Vec<Vec<Slice<'_>>> {
+    let mut out: Vec<Vec<Slice<'_>>> = vec![];
     let mut end = block;
     let mut patterns = vec![];
-    for part in parts {
-        let item = part.item();
-        cut(&part.pattern, block / item, &mut patterns);
+    for (of, part) in parts.iter().enumerate() {
+        cut(&part.pattern, sum, SLICE / part.to_item(), &mut patterns);
         for pattern in patterns.drain(..) {
-            let bytes = room(&pattern) * item;
+            let bytes = room(&pattern, sum) * part.to_item();
             let mut at = end.next_multiple_of(ALIGN);
             if at + bytes > block {
                 out.push(vec![]);
                 at = 0;
             }
             end = at + bytes;
-            let mut copy = StridedCopy::converting(part.source_item(), part.convert, pattern.val, 0, steps(&pattern));
+            let row = row(&pattern, sum);
+            let mut copy = StridedCopy::converting(part.item, part.convert, pattern.val, 0, steps(&pattern, row));
             copy.dst = at;
             if let Some(load) = out.last_mut() {
-                load.push(Slice { part, pattern, copy, bytes });
+                load.push(Slice { of, part, pattern, copy, bytes, row });
             }
         }
     }
@@ -286,8 +295,7 @@ fn loads<'p>(parts: &[&'p Part], block: u64) -> Vec<Vec<Slice<'p>>> {
 }
 
 /// Extents and steps of a pattern, in its buffer and in a block.
-fn steps(pattern: &Pattern) -> SmallVec<[(u64, u64, u64); 4]> {
-    let (mut room, step) = row(pattern);
+fn steps(pattern: &Pattern, (mut room, step): (u64, u64)) -> SmallVec<[(u64, u64, u64); 4]> {
     let mut out: SmallVec<[(u64, u64, u64); 4]> = SmallVec::new();
     for (i, axis) in pattern.axes.iter().rev().enumerate() {
         if i == 0 && step > 0 {
@@ -298,11 +306,6 @@ fn steps(pattern: &Pattern) -> SmallVec<[(u64, u64, u64); 4]> {
         }
     }
     out
-}
-
-fn add(all: &mut BTreeMap<u32, Tally>, tensor: u32, more: Tally) {
-    let tally = all.entry(tensor).or_default();
-    *tally = tally.and(&more);
 }
 
 #[cfg(test)]
@@ -332,9 +335,10 @@ mod tests {
             }
             let pattern = Pattern { key: rng.u64(0..9), val: rng.u64(0..9), axes }.coalesce();
             let most = rng.u64(1..60);
+            let sum = if rng.bool() { Sum::Digest } else { Sum::Checksum };
             let mut parts = vec![];
-            cut(&pattern, most, &mut parts);
-            assert!(parts.iter().all(|p| room(p) <= most), "{pattern:?} in {most}");
+            cut(&pattern, sum, most, &mut parts);
+            assert!(parts.iter().all(|p| room(p, sum) <= most), "{pattern:?} in {most}");
             let mut all: Vec<_> = parts.iter().flat_map(elements_of).collect();
             all.sort_unstable();
             assert_eq!(all, elements_of(&pattern));

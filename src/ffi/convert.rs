@@ -246,7 +246,7 @@ pub unsafe fn sync(sync: *const rs_sync_t) -> Result<(Sync, impl FnMut(u64, u64)
         let only = only.iter().enumerate().map(|(i, &t)| Ok(text(t, format_args!("sync.only[{i}]"))?.to_string()));
         (s, only.collect::<Result<Vec<_>>>()?)
     };
-    flags(s.flags, 0, "sync.flags")?;
+    flags(s.flags, RS_SYNC_VERIFY, "sync.flags")?;
     let progress = move |done: u64, total: u64| {
         if let Some(call) = s.progress {
             // SAFETY: the header: the function may be called with its user pointer during the sync.
@@ -254,7 +254,8 @@ pub unsafe fn sync(sync: *const rs_sync_t) -> Result<(Sync, impl FnMut(u64, u64)
         }
     };
     let only = (!only.is_empty()).then_some(only);
-    Ok((Sync { stream: s.stream.expose_provenance(), version: s.version, only, timeout: timeout(s.timeout_ms) }, progress))
+    let (stream, timeout, verify) = (s.stream.expose_provenance(), timeout(s.timeout_ms), s.flags & RS_SYNC_VERIFY != 0);
+    Ok((Sync { stream, version: s.version, only, timeout, verify }, progress))
 }
 
 /// 0: the default.

@@ -45,11 +45,6 @@ impl Part {
     pub fn source_item(&self) -> u32 {
         u32::from(self.dtype.1) / 8
     }
-
-    /// Bytes of an element once it is converted.
-    pub fn item(&self) -> u64 {
-        u64::from(self.kind().1) / 8
-    }
 }
 
 /// Those of side 0, the sources, or 1, the targets, from the tables of all ranks (see [`facts`]).

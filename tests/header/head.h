@@ -51,9 +51,9 @@
  * thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use
  * a handle of its parent.
  *
- * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
- * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
- * happened to the other ranks.
+ * Collective. rs_comm_local(), rs_container_connect(), rs_sync_weights() and rs_fingerprint() are called by every rank of the
+ * communicator, by ranks without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout,
+ * whatever has happened to the other ranks.
  *
  * Streams. With weights on GPUs a sync is put on rs_sync_t.stream: behind what is there, which may still write the sources or read the
  * targets, and before what comes there next, which may read the targets and write the sources again. rs_sync_weights() asks the other

@@ -202,6 +202,8 @@ pub struct Container {
     pub gpu: Option<i32>,
     /// Of its syncs; 0: that of its creation.
     pub timeout_ms: u32,
+    /// RS_SYNC_* of its syncs.
+    pub flags: u32,
     /// The staging that it was lent.
     staging: Option<Lending>,
 }
@@ -288,7 +290,7 @@ impl Container {
         let mut out = null_mut();
         // SAFETY: whole structs; the tables' memory outlives the container by the test's order of drops.
         restoring(|| unsafe { rs_container_create(&config, &tables.layout(), &mut out) })?;
-        Ok(Container { handle: out, stream: null_mut(), gpu: None, timeout_ms: 0, staging })
+        Ok(Container { handle: out, stream: null_mut(), gpu: None, timeout_ms: 0, flags: 0, staging })
     }
 
     pub fn connect(&mut self) -> Result<(), Failure> {
@@ -333,7 +335,7 @@ impl Container {
             only: if only.is_some() { pointers.as_ptr() } else { null() },
             only_count: pointers.len(),
             timeout_ms: self.timeout_ms,
-            flags: 0,
+            flags: self.flags,
             progress: None,
             progress_user: null_mut(),
         };

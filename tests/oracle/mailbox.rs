@@ -23,6 +23,9 @@ struct State {
     aborted: bool,
     /// Calls left until the wire breaks.
     fuse: Option<u64>,
+    /// Messages left until one has a bit flipped, as a share of its length.
+    flip: Option<(u64, f64)>,
+    spoils: Vec<Spoil>,
     tally: Tally,
 }
 
@@ -37,6 +40,15 @@ pub struct Tally {
     pub faults: Vec<String>,
     /// Endpoints released.
     pub released: usize,
+}
+
+/// A bit of a rank's memory that changes as the rank comes to a gather.
+pub struct Spoil {
+    pub rank: usize,
+    /// Gathers of the rank until then, that one included.
+    pub gathers: u64,
+    pub address: usize,
+    pub bits: u8,
 }
 
 /// One rank's end, the `ctx` of its operations.
@@ -81,6 +93,23 @@ impl Hub {
     /// Breaks the wire after some more calls of any rank: from then on everything fails everywhere.
     pub fn break_after(&self, calls: u64) {
         self.state.lock().unwrap().fuse = Some(calls);
+    }
+
+    /// Flips a bit in the message after `messages` others, at such a share of its length.
+    #[allow(dead_code)] // of `properties` alone
+    pub fn flip(&self, messages: u64, place: f64) {
+        self.state.lock().unwrap().flip = Some((messages, place));
+    }
+
+    /// Whether the message of [`Hub::flip`] has gone.
+    #[allow(dead_code)] // of `properties` alone
+    pub fn flipped(&self) -> bool {
+        self.state.lock().unwrap().flip.is_none()
+    }
+
+    #[allow(dead_code)] // of `properties` alone
+    pub fn spoil(&self, spoil: Spoil) {
+        self.state.lock().unwrap().spoils.push(spoil);
     }
 
     /// The table of functions for one rank; `release` takes its `ctx` back.
@@ -131,6 +160,18 @@ impl End {
         };
         let (world, end) = (self.hub.world, Instant::now() + timeout);
         let mut state = self.hub.state.lock().unwrap();
+        state.spoils.iter_mut().filter(|s| s.rank == self.rank).for_each(|s| s.gathers -= 1);
+        let (due, rest) = std::mem::take(&mut state.spoils).into_iter().partition(|s| s.rank == self.rank && s.gathers == 0);
+        state.spoils = rest;
+        let due: Vec<Spoil> = due;
+        for spoil in due {
+            let mut byte = [0];
+            let at = spoil.address as *mut u8;
+            // SAFETY: memory of the test, which nothing copies while its rank comes to a gather.
+            unsafe { gpu::read(at, &mut byte) };
+            // SAFETY: as above.
+            unsafe { gpu::write(at, &[byte[0] ^ spoil.bits]) };
+        }
         if state.is_dead() {
             self.hub.turn.notify_all();
             return RS_ERR_COMM;
@@ -187,6 +228,14 @@ impl End {
             let mut bytes = vec![0; op.bytes];
             // SAFETY: the library promises the bytes it sends until this function says RS_OK.
             unsafe { gpu::read(op.data, &mut bytes) };
+            if let Some((messages, place)) = state.flip {
+                state.flip = messages.checked_sub(1).map(|left| (left, place));
+                if messages == 0 {
+                    // Of an fp32 a byte that no rounding drops.
+                    let at = (place * op.bytes as f64) as usize | 3;
+                    bytes[at.min(op.bytes - 1)] ^= 0x10;
+                }
+            }
             *state.tally.bytes.entry((self.rank, op.peer)).or_default() += op.bytes as u64;
             state.tally.longest = state.tally.longest.max(op.bytes as u64);
             state.wires.entry((self.rank, op.peer)).or_default().push_back(bytes);

@@ -6,7 +6,7 @@ use super::views::chance;
 use super::world::{Unmoved, Wire, open};
 use super::{generate, plans};
 use fastrand::Rng;
-use reshard::abi::RS_TARGET;
+use reshard::abi::{RS_SYNC_VERIFY, RS_TARGET};
 
 /// A valid case must work: connect, syncs of all and of parts, new addresses, then other tables for the same ranks.
 pub fn run(case: &Case) -> Result<(), String> {
@@ -24,7 +24,9 @@ pub fn run(case: &Case) -> Result<(), String> {
     for version in 2..2 + rng.u64(0..3) {
         let moved = if chance(rng, 40) { world.move_house(rng)? } else { Vec::new() };
         let patterns = chance(rng, 50).then(|| some_names(case, rng));
-        let what = |e: String| format!("version {version}, {wire:?}, rebound {moved:?}, only {patterns:?}: {e}");
+        let flags = if chance(rng, 30) { RS_SYNC_VERIFY } else { 0 };
+        world.containers.iter_mut().for_each(|c| c.flags = flags);
+        let what = |e: String| format!("version {version}, {wire:?}, rebound {moved:?}, only {patterns:?}, flags {flags}: {e}");
         world.sync(version * 1000, patterns.as_deref()).map_err(&what)?;
         if let Some(first) = patterns.as_ref().and_then(|p| p.first()).filter(|_| chance(rng, 40)) {
             world.check_sums(version * 1000, Some(first)).map_err(what)?;

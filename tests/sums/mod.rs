@@ -1,5 +1,7 @@
 //! What a fingerprint tells apart, and how calls of it end that cannot be answered. Its value is compared in every random case (`run`).
 
+mod verify;
+
 use super::oracle::library::{Comm, Container, Failure, Tables};
 use super::oracle::model::{Buffer, Case, Rank, Tensor, Tile, dense};
 use super::oracle::small;
