@@ -1,14 +1,16 @@
-//! How fast one rank adds up what it holds, next to memcpy of the same bytes in the same run.
+//! How fast one rank adds up what it holds, next to memcpy of the same bytes in the same run, and what RS_SYNC_VERIFY costs.
 //!
 //! `cargo bench --bench fingerprint`. A line for each way in which a tensor of 256 MiB lies: GB/s of memcpy by one thread, and the ratio of
-//! rs_fingerprint() to it with one and with two threads; medians over rounds that run all columns in turn.
+//! rs_fingerprint() to it with one and with two threads; medians over rounds that run all columns in turn. Then the time of a verified sync
+//! of such a tensor between two ranks, threads with memory of their own, over that of a plain one in the same round.
 
 use reshard::abi::*;
-use reshard::comm::loopback;
-use reshard::container::{Config, Container};
+use reshard::comm::{Comm, loopback};
+use reshard::container::{Config, Container, Sync};
 use reshard::device::Mem;
 use reshard::layout::{BufferRow, Layout, TensorRow, TileRow};
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const BYTES: usize = 256 << 20;
@@ -55,8 +57,8 @@ fn pad(values: &[i64]) -> [i64; RS_MAX_RANK] {
     out
 }
 
-/// One rank that holds it, and the memory, which lives as long.
-fn container(hub: u64, threads: usize, shape: &[i64], shards: &[Shard], memory: &mut [Vec<u8>]) -> Container {
+/// A rank that holds these; the memory lives as long.
+fn container(comm: Arc<dyn Comm>, threads: usize, shape: &[i64], shards: &[Shard], memory: &mut [Vec<u8>]) -> Container {
     let (mut buffers, mut tiles, mut mems) = (vec![], vec![], vec![]);
     for (row, (shard, memory)) in shards.iter().zip(memory).enumerate() {
         // SAFETY: the memory outlives the container, and nobody touches it meanwhile.
@@ -96,7 +98,7 @@ fn container(hub: u64, threads: usize, shape: &[i64], shards: &[Shard], memory: 
         staging_at: None,
         threads,
         timeout: Duration::from_secs(60),
-        comm: Some(loopback::join(hub, 0, 1).expect("a rank alone")),
+        comm: Some(comm),
     };
     let mut out = Container::new(config, layout, mems, None).expect("a container");
     out.connect().expect("connects");
@@ -114,7 +116,8 @@ fn main() {
     for (i, (name, shape, shards)) in (1..).zip(cases()) {
         let bytes = |s: &Shard| s.extent.iter().product::<i64>() as usize * usize::from(s.dtype.bits) / 8;
         let mut memory: Vec<Vec<u8>> = shards.iter().map(|s| (0..bytes(s)).map(|at| (at * 7) as u8).collect()).collect();
-        let mut ranks = [1, 2].map(|threads| container(10 * i + threads, threads as usize, &shape, &shards, &mut memory));
+        let alone = |threads: u64| loopback::join(10 * i + threads, 0, 1).expect("a rank alone");
+        let mut ranks = [1, 2].map(|threads| container(alone(threads), threads as usize, &shape, &shards, &mut memory));
         let mut times = [vec![], vec![], vec![]];
         for _ in 0..ROUNDS {
             let mut timed = |column: usize, run: &mut dyn FnMut()| {
@@ -132,4 +135,34 @@ fn main() {
         let [memcpy, one, two] = times.map(median);
         println!("{name:34} {:12.2} {:10.2} {:10.2}", BYTES as f64 / 1e9 / memcpy, memcpy / one, memcpy / two);
     }
+    let shape = [16_384, 8192];
+    for (name, target) in [("whole", source(&[0, 0], &shape, &[8192, 1])), ("transposed", source(&[0, 0], &shape, &[1, 16_384]))] {
+        let shards = [source(&[0, 0], &shape, &[8192, 1]), Shard { role: RS_TARGET, ..target }];
+        println!("verified over plain sync, {name}: {:.2}", verified(if name == "whole" { 1 } else { 2 }, &shape, shards));
+    }
+}
+
+/// The time of a verified sync over that of a plain one.
+fn verified(hub: u64, shape: &[i64], shards: [Shard; 2]) -> f64 {
+    let rank = |number: u32, shard: Shard| {
+        let mut memory = [vec![number as u8; BYTES]];
+        let mut rank = container(loopback::join(hub, number, 2).expect("a hub"), 1, shape, &[shard], &mut memory);
+        let mut times = [vec![], vec![]];
+        for round in 0..2 * ROUNDS as u64 + 2 {
+            let verify = round % 2 == 1;
+            let begun = Instant::now();
+            rank.sync(&Sync { version: 1 + round, verify, ..Sync::default() }, &mut |_, _| {}).expect("lands");
+            // The first of each touches memory for the first time.
+            if round >= 2 {
+                times[usize::from(verify)].push(begun.elapsed().as_secs_f64());
+            }
+        }
+        let [plain, verified] = times.map(median);
+        verified / plain
+    };
+    let [source, target] = shards;
+    std::thread::scope(|scope| {
+        scope.spawn(|| rank(0, source));
+        rank(1, target)
+    })
 }

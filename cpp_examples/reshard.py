@@ -15,6 +15,7 @@ PADDED = 1  # buffer flag
 CPU = 1  # device type
 BF16 = (4, 16, 1)  # DLPack: code, bits, lanes
 PARAM_SYNCED = 1
+SYNC_VERIFY = 1  # sync flag
 DESCRIBE_PLAN, DESCRIBE_STATS, DESCRIBE_LAYOUT, DESCRIBE_WORLD = 1, 2, 3, 4
 IN_PROGRESS, ERR_TOO_SMALL = 1, -6
 
@@ -239,16 +240,18 @@ class Container:
     def connect(self):
         _check(_lib.rs_container_connect(self._handle))
 
-    def sync(self, version, progress=lambda done, total: None, only=()):
-        """Takes part in moving version `version`, or only those tensors of it; what rs_container_describe() says about it."""
-        self.move(version, progress, only)
+    def sync(self, version, progress=lambda done, total: None, only=(), verify=False):
+        """Takes part in moving version `version`, or only those tensors of it; what rs_container_describe() says about it. `verify`: what
+        landed is compared with what was sent."""
+        self.move(version, progress, only, verify=verify)
         return self.describe(DESCRIBE_STATS)
 
-    def move(self, version, progress=lambda done, total: None, only=(), stream=None):
+    def move(self, version, progress=lambda done, total: None, only=(), stream=None, verify=False):
         """The same with weights of a GPU on a stream of its; returns when all ranks have landed."""
         callback = Progress(lambda user, done, total: progress(done, total))
         names = (c.c_char_p * len(only))(*(name.encode() for name in only))
-        request = _sized(SyncStruct, stream=stream, version=version, progress=callback, only=names, only_count=len(only))
+        flags = SYNC_VERIFY if verify else 0
+        request = _sized(SyncStruct, stream=stream, version=version, progress=callback, only=names, only_count=len(only), flags=flags)
         status = _lib.rs_sync_weights(self._handle, c.byref(request))
         while status == IN_PROGRESS:
             time.sleep(0.0001)

@@ -51,9 +51,9 @@
  * thread of the library outlives a call, but that of RS_CONFIG_WATCHDOG, and one that ncclCommAbort() keeps. A fork()ed child may not use
  * a handle of its parent.
  *
- * Collective. rs_comm_local(), rs_container_connect() and rs_sync_weights() are called by every rank of the communicator, by ranks
- * without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout, whatever has
- * happened to the other ranks.
+ * Collective. rs_comm_local(), rs_container_connect(), rs_sync_weights() and rs_fingerprint() are called by every rank of the
+ * communicator, by ranks without weights too. All other functions are local: they wait for nobody. No wait is longer than its timeout,
+ * whatever has happened to the other ranks.
  *
  * Streams. With weights on GPUs a sync is put on rs_sync_t.stream: behind what is there, which may still write the sources or read the
  * targets, and before what comes there next, which may read the targets and write the sources again. rs_sync_weights() asks the other
@@ -163,6 +163,9 @@ typedef int32_t rs_status_t;
 /** A bug in this library, a panic for instance. Destroy the container. */
 #define RS_ERR_INTERNAL -46
 
+/** RS_SYNC_VERIFY found bytes that are not those that were sent. */
+#define RS_ERR_CORRUPT -47
+
 /** `rs_buffer_t.role`, bit: the trainer's side, read by a sync. */
 #define RS_SOURCE 1
 
@@ -207,6 +210,14 @@ typedef int32_t rs_status_t;
  * ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
  */
 #define RS_CONFIG_WATCHDOG 1
+
+/**
+ * `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum of
+ * the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and all
+ * targets of the sync are torn. Sources and targets are read once more, through host memory, before the call returns: it waits for
+ * its stream, which may not be one that is being captured, and answers RS_OK.
+ */
+#define RS_SYNC_VERIFY 1
 
 /** `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong). */
 #define RS_PARAM_INITIAL 0
@@ -517,7 +528,7 @@ typedef struct rs_sync_t {
     size_t only_count;
     /** Longest that the sync may take, from the call to its end, in milliseconds; 0: the container's. */
     uint32_t timeout_ms;
-    /** 0. */
+    /** RS_SYNC_VERIFY or 0. */
     uint32_t flags;
     /** Called now and then while bytes move; NULL: never. */
     rs_progress_fn progress;
@@ -767,8 +778,8 @@ rs_status_t rs_container_set_comm(rs_container_t *container, rs_comm_t *comm);
  * Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again;
  * a sync is in progress: poll; or GPU memory that it uses was freed, unmapped or replaced since it was bound: nothing moved, rebind),
  * RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
- * moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones, after which the
- * container needs a new communicator and a connect.
+ * moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones (RS_ERR_CORRUPT with
+ * RS_SYNC_VERIFY only), after which the container needs a new communicator and a connect.
  */
 rs_status_t rs_sync_weights(rs_container_t *container, const rs_sync_t *sync);
 

@@ -308,6 +308,9 @@ fn captures_elsewhere_go_on() {
         assert_eq!(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) } as u32, 0);
     });
     world.all(|c| c.sync(2, None)).into_iter().for_each(|r| r.unwrap());
+    world.containers.iter_mut().for_each(|c| c.flags = RS_SYNC_VERIFY);
+    world.all(|c| c.sync(2, None)).into_iter().for_each(|r| r.unwrap());
+    world.all(|c| c.fingerprint(RS_TARGET, None).map(|_| ())).into_iter().for_each(|r| r.unwrap());
     world.all(|c| c.connect()).into_iter().for_each(|r| r.unwrap());
     // The last containers of GPUs, and the first.
     world.containers.clear();

@@ -343,6 +343,12 @@ fn a_graph_repeats_what_stays_on_each_rank() {
             // SAFETY: a live stream.
             gpu::on(gpu(c), || assert_eq!(unsafe { sys::cuStreamBeginCapture_v2(stream(c), mode) } as u32, 0));
         }
+        world.containers.iter_mut().for_each(|c| c.flags = RS_SYNC_VERIFY);
+        for answer in world.all(|_, c| c.start(2, None)) {
+            let refused = answer.expect_err("nothing moves yet that could be verified");
+            assert!(refused.status == RS_ERR_UNSUPPORTED && refused.text.contains("RS_SYNC_VERIFY"), "{refused}");
+        }
+        world.containers.iter_mut().for_each(|c| c.flags = 0);
         let graphs = captured(&mut world, 2);
         assert_eq!(world.containers[0].param("left").unwrap().version, 1, "nothing has moved yet");
         for version in 3..6 {

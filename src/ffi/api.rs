@@ -145,8 +145,8 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 /// Errors: RS_ERR_INVALID (version 0; an `only` that takes a part of a parameter), RS_ERR_STATE (not connected, or failed: connect again;
 /// a sync is in progress: poll; or GPU memory that it uses was freed, unmapped or replaced since it was bound: nothing moved, rebind),
 /// RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
-/// moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones, after which the
-/// container needs a new communicator and a connect.
+/// moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones (RS_ERR_CORRUPT with
+/// RS_SYNC_VERIFY only), after which the container needs a new communicator and a connect.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *const rs_sync_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.

@@ -105,14 +105,14 @@ class Container(reshard.Container):
         reshard._check(reshard._lib.rs_container_rebind(self._handle, None, preset._handle))
         self._layout = preset
 
-    def move(self, version, progress=lambda done, total: None, only=(), stream=None):
+    def move(self, version, progress=lambda done, total: None, only=(), stream=None, verify=False):
         if not on_gpus:
-            return super().move(version, progress, only)
+            return super().move(version, progress, only, verify=verify)
         stream = gpu.Stream(self._layout.gpu)
         try:
             for array, block in self._layout.blocks():
                 block.write(array, stream)
-            super().move(version, progress, only, stream.handle)
+            super().move(version, progress, only, stream.handle, verify)
             for array, block in self._layout.blocks(TARGET):
                 block.read(array, stream)
         finally:

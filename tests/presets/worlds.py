@@ -209,7 +209,7 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
         stats = {}
 
         def sync(rank, version):
-            stats[rank] = containers[rank].sync(version)["bytes"]
+            stats[rank] = containers[rank].sync(version, verify=version == 2)["bytes"]
 
         plans = [r.preset.describe(reshard.DESCRIBE_PLAN) for r in ranks] if check_plans and not left_open else []
         on_threads(range(world), lambda rank: containers[rank].connect())
