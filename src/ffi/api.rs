@@ -237,7 +237,7 @@ pub unsafe extern "C" fn rs_container_describe(
 ///
 /// What counts is each tensor's own elements, once, however many ranks hold them. Sources whose targets have another dtype or a
 /// transform count as these would hold them, rounded as a sync rounds. The number is that of tensor's names, dtypes, shapes and bytes:
-/// the sum over the tensors, modulo p = 2^127 - 1, of `c (n + w[0] r + w[1] r^2 + ...)`, with n elements, w[i] the words of 8 bytes of
+/// the sum over the tensors, modulo p = 2^127 - 1, of `c (n + w[0] r + w[1] r^2 + ...)`, with n elements, `w[i]` the words of 8 bytes of
 /// the dense row-major tensor in little endian, filled up with zeros, r = 0x243f6a8885a308d313198a2e03707344, and c XXH3's 128 bits of
 /// the name, a NUL, DLPack's code and bits (a byte each), and the extents as 64-bit words in little endian.
 ///
