@@ -97,10 +97,10 @@ pub const RS_LOCAL_RING: u32 = 2;
 /// ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
 pub const RS_CONFIG_WATCHDOG: u32 = 1;
 
-/// `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum of
-/// the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and all
-/// targets of the sync are torn. Sources and targets are read once more, through host memory, before the call returns: it waits for
-/// its stream, which may not be one that is being captured, and answers RS_OK.
+/// `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum
+/// of the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and
+/// all targets of the sync are torn. Sources and targets are read once more, through host memory, before the call returns, within its
+/// timeout: it waits for its stream and answers RS_OK, and nothing may be put behind it on the stream until then.
 pub const RS_SYNC_VERIFY: u32 = 1;
 
 /// `rs_param_t.state`: never written by a sync (of a source: nothing is known to be wrong).

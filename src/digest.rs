@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_128;
 const P: u128 = (1 << 127) - 1;
 
 /// Of the fraction of pi.
-const R: Residue = Residue(0x243F_6A88_85A3_08D3_1319_8A2E_0370_7344);
+const R: Residue = Residue::constant(0x243F_6A88_85A3_08D3_1319_8A2E_0370_7344);
 
 /// Words that are summed before the sum is reduced.
 const BLOCK: usize = 64;
@@ -27,6 +27,12 @@ const BLOCK: usize = 64;
 pub struct Residue(u128);
 
 impl Residue {
+    /// Of a number below 2^127 - 1.
+    pub const fn constant(number: u128) -> Residue {
+        assert!(number < P);
+        Residue(number)
+    }
+
     /// Of any number.
     pub fn new(number: u128) -> Residue {
         // 2^127 is 1.

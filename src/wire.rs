@@ -17,7 +17,7 @@ use smallvec::SmallVec;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Number of the formats in this file. Changes with any change of them.
-pub const WIRE_VERSION: u16 = 3;
+pub const WIRE_VERSION: u16 = 4;
 
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"RSHC");
 const TABLE_MAGIC: u32 = u32::from_le_bytes(*b"RSHT");

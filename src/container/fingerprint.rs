@@ -14,6 +14,10 @@ use crate::wire::{Call, Header, Table};
 use std::collections::BTreeMap;
 use xxhash_rust::xxh3::Xxh3;
 
+/// Of the first copy beside the one that counts; of the next its square, and so on. The fraction of e, less its first
+/// bit.
+const WEIGHT: Residue = Residue::constant(0x37E1_5162_8AED_2A6A_BF71_5880_9CF4_F3C7);
+
 /// What is asked for.
 struct Asked {
     /// Sources are 0, targets 1.
@@ -41,12 +45,14 @@ struct Tally {
 
 impl Tally {
     fn new(part: &Part, sum: Residue) -> Tally {
-        if !part.counts {
-            return Tally { apart: -sum, ..Tally::default() };
+        let mut weights = std::iter::successors(Some(WEIGHT), |w| Some(*w * WEIGHT));
+        if part.copy == 0 {
+            // What the others take away, if they hold the same. Each has a weight of its own, so that two that differ do not even out.
+            let others = weights.take(part.copies as usize - 1).fold(Residue::default(), |sum, weight| sum + weight);
+            return Tally { sum, apart: sum * others, elements: part.pattern.volume() };
         }
-        // What the others take away, if they hold the same.
-        let others = Residue::new(u128::from(part.copies - 1));
-        Tally { sum, apart: sum * others, elements: part.pattern.volume() }
+        let weight = weights.nth(part.copy as usize - 1).unwrap_or(WEIGHT);
+        Tally { apart: -(sum * weight), ..Tally::default() }
     }
 
     fn and(self, other: &Tally) -> Tally {
@@ -55,8 +61,9 @@ impl Tally {
 }
 
 impl Part {
-    fn scanned(&self) -> scan::Part {
-        scan::Part { buffer: self.buffer, item: self.source_item(), convert: self.convert, pattern: self.pattern.clone() }
+    fn scanned(&self) -> Result<scan::Part> {
+        let convert = self.convert.clone()?;
+        Ok(scan::Part { buffer: self.buffer, item: self.source_item(), convert, nans: self.cast, pattern: self.pattern.clone() })
     }
 }
 
@@ -68,7 +75,10 @@ impl Container {
         self.control.started();
         let result = self.sum_up(&*comm, &mut connected, role, tensor);
         drop(turn);
-        self.ended("the fingerprint", &result.as_ref().map(|_| ()).map_err(Error::clone), None);
+        match &result {
+            Err(e) if e.status() <= RS_ERR_TIMEOUT => self.ended("the fingerprint", &Err(e.clone()), None),
+            _ => self.control.rested(),
+        }
         self.phase = Phase::Connected(connected);
         self.break_off();
         result
@@ -99,7 +109,8 @@ impl Container {
         let tallies = parts.as_ref().map_err(Error::clone).and_then(|all| {
             let wanted: Vec<&Part> = all.iter().filter(|part| asked.wants(part)).collect();
             let scan = Scan { device: &*self.device, comm, mems: &self.mems, threads: self.threads, deadline, sum: Sum::Digest };
-            let sums = scan.run(&wanted.iter().map(|part| part.scanned()).collect::<Vec<_>>())?;
+            self.still_there(&wanted)?;
+            let sums = scan.run(&wanted.iter().map(|part| part.scanned()).collect::<Result<Vec<_>>>()?)?;
             let mut tallies: BTreeMap<u32, Tally> = BTreeMap::new();
             for (part, sum) in wanted.into_iter().zip(sums) {
                 let tensor = &c.union.tensors[part.tensor as usize];
@@ -133,6 +144,13 @@ impl Container {
 
     /// What can be wrong on this rank alone.
     fn asked(&self, c: &Connected, role: u32, tensor: Option<&str>) -> Result<Asked> {
+        if !self.device.shows() {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "'{}' does not copy its memory into the host's, where it could be looked at",
+                self.device.name()
+            );
+        }
         let side = match role {
             RS_SOURCE => 0,
             RS_TARGET => 1,
@@ -153,13 +171,14 @@ impl Container {
                 Some(chosen)
             }
         };
-        let mut used = vec![false; self.mems.len() + 1];
-        for tile in self.layout.tiles() {
-            let wanted = tensors.as_ref().is_none_or(|chosen| chosen[c.ordinals[tile.tensor as usize] as usize]);
-            used[tile.buffer as usize] |= wanted && self.layout.buffers()[tile.buffer as usize].role & role != 0;
-        }
-        self.ground.check(&*self.device, &used, |row| self.buffer_name(row))?;
         Ok(Asked { side, tensors })
+    }
+
+    /// An error if memory is gone that is to be read.
+    fn still_there(&self, parts: &[&Part]) -> Result<()> {
+        let mut used = vec![false; self.mems.len() + 1];
+        parts.iter().for_each(|part| used[part.buffer as usize] = true);
+        self.ground.check(&*self.device, &used, |row| self.buffer_name(row))
     }
 
     /// What this rank holds. Without a world spec, ranks exchange their tables once more: the outer error is of that.

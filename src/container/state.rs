@@ -121,6 +121,11 @@ impl Control {
         self.changed.notify_all();
     }
 
+    /// The call is over; what is said of the last connect or sync stays.
+    pub(super) fn rested(&self) {
+        self.lock().running = false;
+    }
+
     pub(super) fn ended(&self, result: &Result<()>) {
         let mut inner = self.lock();
         (inner.running, inner.flying) = (false, false);

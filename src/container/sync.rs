@@ -217,7 +217,11 @@ impl Container {
         let over = match finish(&mut flight, c.signs.as_ref()) {
             Step::Landed => match self.verify(comm, c, flight.subset.as_deref(), flight.deadline) {
                 Ok(()) => Step::Landed,
-                Err(error) => Step::Failed { error, landed: false, stuck: None },
+                Err(error) => {
+                    let corrupt = error.status() == RS_ERR_CORRUPT;
+                    flight.wrote |= corrupt;
+                    Step::Failed { error, landed: !corrupt, stuck: None }
+                }
             },
             over => over,
         };
@@ -225,7 +229,6 @@ impl Container {
             Step::Failed { error, .. } => Err(error.clone()),
             _ => Ok(()),
         };
-        // A rank without a byte of its own to write has no target that could be torn.
         self.conclude(c, &flight, over);
         result
     }
@@ -324,8 +327,8 @@ impl Container {
         let whole = agreed.clone().and_then(verify);
         let state = match (&landed, &agreed, &whole) {
             (_, _, Ok(())) => Some(RS_PARAM_SYNCED),
-            (_, Ok(()), Err(_)) => Some(RS_PARAM_TORN),
-            (Ok(()), Err(_), _) => Some(RS_PARAM_LANDED),
+            (_, Ok(()), Err(e)) if e.status() == RS_ERR_CORRUPT => Some(RS_PARAM_TORN),
+            (Ok(()), _, _) => Some(RS_PARAM_LANDED),
             (Err(_), _, _) => wrote.load(Ordering::Relaxed).then_some(RS_PARAM_TORN),
         };
         if let Some(state) = state {
@@ -391,8 +394,12 @@ impl Container {
 
     /// An error if memory is gone that this sync uses, or cannot be looked at where it must be.
     fn able(&self, c: &Connected, me: u32, subset: Option<&[bool]>, request: &Sync) -> Result<()> {
-        if request.verify {
-            self.device.host_block(1).map_err(|e| e.context("RS_SYNC_VERIFY"))?;
+        if request.verify && !self.device.shows() {
+            bail!(
+                RS_ERR_UNSUPPORTED,
+                "RS_SYNC_VERIFY: '{}' does not copy its memory into the host's, where it could be looked at",
+                self.device.name()
+            );
         }
         self.grounded(c, me, subset)
     }
@@ -403,9 +410,10 @@ impl Container {
         if self.ground.is_empty() {
             return Ok(());
         }
-        let used = match subset {
-            None => &c.used,
-            some => &self.used(c, some),
+        let used = match (subset, &lent) {
+            (None, Some(_)) => &c.used,
+            // The list is of the memory before a rebind.
+            (some, _) => &self.used(c, some),
         };
         let mut grounds = [Some(&self.ground), lent].into_iter().flatten();
         grounds.try_for_each(|ground| ground.check(&*self.device, used, |row| self.buffer_name(row)))

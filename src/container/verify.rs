@@ -38,6 +38,7 @@ impl End<'_> {
             buffer: spot.buffer,
             item: if sends { piece.item } else { piece.convert.map_or(piece.item, |c| c.to.item()) },
             convert: piece.convert.filter(|_| sends),
+            nans: piece.convert.map(|c| c.to),
             pattern: Pattern { key: piece.key, val: spot.offset, axes: axes.collect() },
         }
     }

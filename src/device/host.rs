@@ -18,7 +18,7 @@ mod tests;
 
 use super::{Copies, CopyNow, Device, Event, HostBlock, Job, Mem, Stream};
 use crate::abi::*;
-use crate::error::{Result, bail};
+use crate::error::{Result, bail, err};
 use crate::geom::CopyAxis;
 use smallvec::SmallVec;
 use std::cell::UnsafeCell;
@@ -73,6 +73,10 @@ impl Device for HostDevice {
 
     fn id(&self) -> (i32, i32) {
         (RS_DEVICE_CPU, 0)
+    }
+
+    fn shows(&self) -> bool {
+        true
     }
 
     fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
@@ -142,9 +146,10 @@ impl HostBlock for OwnBlock {
         unsafe { Mem::new(self.0.as_ptr().cast_mut().cast(), self.0.len()) }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    fn show(&mut self, bytes: usize, _stream: Stream) -> Result<&[u8]> {
         // SAFETY: all of its own bytes; the caller says that no copy writes them.
-        unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len()) }
+        let all = unsafe { slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len()) };
+        all.get(..bytes).ok_or_else(|| err!(RS_ERR_INTERNAL, "{bytes} bytes of a block of {}", all.len()))
     }
 }
 

@@ -117,7 +117,11 @@ pub trait Device: Send + Sync {
     fn register(&self, _host: Mem) -> Result<Registered> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot use host memory", self.name())
     }
-    /// Host memory, zeroed, that its copies write and the CPU reads.
+    /// Whether it gives [`Device::host_block`]s.
+    fn shows(&self) -> bool {
+        false
+    }
+    /// Memory that its copies write and the CPU sees.
     fn host_block(&self, _bytes: usize) -> Result<Box<dyn HostBlock>> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' does not copy its memory into the host's", self.name())
     }
@@ -163,12 +167,13 @@ pub trait Signals: Sync {
     fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
 }
 
-/// Host memory that a device's copies write. Dropped when none writes it any more.
+/// Memory that a device's copies write and the CPU sees. Dropped when none writes it any more. Neither it nor making it waits for what else
+/// a device does.
 pub trait HostBlock {
     /// As it is named in copies.
     fn mem(&self) -> Mem;
-    /// Its bytes. No copy to it may be under way.
-    fn bytes(&mut self) -> &mut [u8];
+    /// Its first bytes, once all copies to it are done. `stream` is one that they were on.
+    fn show(&mut self, bytes: usize, stream: Stream) -> Result<&[u8]>;
 }
 
 /// Host memory that streams may use as long as this lives.

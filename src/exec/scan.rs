@@ -1,17 +1,18 @@
 //! Sums over this rank's memory: digests of parts of tensors, and checksums of what was sent and what landed.
 //!
-//! The device copies parts into host memory, a block at a time, converted where they must be, in an order that does not depend on how
+//! The device copies parts into memory that the CPU sees, a block at a time, converted where they must be, in an order that does not depend on how
 //! they lie; there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
 #![forbid(unsafe_code)]
 
 use super::{GRACE, lost, settle, until_done};
 use crate::comm::{Comm, Deadline};
-use crate::convert::Convert;
+use crate::convert::{Convert, Float};
 use crate::device::{Copies, Device, HostBlock, Job, Mem, Stream};
 use crate::digest::{Residue, elements, run};
 use crate::error::{Error, Result};
 use crate::geom::{Axis, Pattern, StridedCopy};
 use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -26,7 +27,7 @@ const LARGE_BLOCK: u64 = 16 << 20;
 /// What lies behind one another in a block begins at multiples of this.
 const ALIGN: u64 = 64;
 
-/// Elements that lie less than so many apart in a tensor are read as one run with zeros between them.
+/// Elements that lie up to so many apart in a tensor are summed as one run with zeros between them.
 const GAP: u64 = 8;
 
 /// A box of a tensor in a buffer of this rank.
@@ -37,6 +38,8 @@ pub struct Part {
     pub item: u32,
     /// What each element becomes first.
     pub convert: Option<Convert>,
+    /// The type whose NaNs are one and the same: which of them a cast makes, devices differ in.
+    pub nans: Option<Float>,
     /// `key` counts elements of the tensor, `val` those of the buffer.
     pub pattern: Pattern,
 }
@@ -75,15 +78,13 @@ struct Slice<'p> {
     copy: StridedCopy,
     /// Bytes of the block that it takes.
     bytes: u64,
-    /// Elements of a run in the block, and how far they lie apart in the tensor, with zeros between them; (1, 0): each is a run.
-    row: (u64, u64),
 }
 
 impl Scan<'_> {
     /// The number of each part.
     pub fn run(&self, parts: &[Part]) -> Result<Vec<Residue>> {
         let block = if matches!(self.device.copies(), Copies::Prepared(_)) { LARGE_BLOCK } else { SLICE };
-        let loads = loads(parts, self.sum, block);
+        let loads = loads(parts, block);
         let (next, ended) = (AtomicUsize::new(0), Mutex::new(Ok(vec![Residue::default(); parts.len()])));
         let threads = self.threads.clamp(1, loads.len().max(1));
         let worker = || {
@@ -127,14 +128,16 @@ impl Scan<'_> {
         loop {
             self.comm.check()?;
             self.deadline.check(|| "the sums over this rank's weights".into())?;
-            if let Err(e) = self.read(load, &mut *memory, stream.as_ref().map_or(0, |s| s.raw())) {
+            if let Err(e) = self.read(load, &*memory, stream.as_ref().map_or(0, |s| s.raw())) {
                 if !e.over {
                     std::mem::forget(memory);
                 }
                 return Err(e.error);
             }
+            let end = load.last().map_or(0, |slice| slice.place().end);
+            let bytes = memory.show(end, stream.as_ref().map_or(0, |s| s.raw()))?;
             for slice in load {
-                let number = slice.number(self.sum, memory.bytes())?;
+                let number = slice.number(self.sum, bytes)?;
                 match out.last_mut() {
                     Some((of, sum)) if *of == slice.of => *sum += number,
                     _ => out.push((slice.of, number)),
@@ -148,11 +151,7 @@ impl Scan<'_> {
     }
 
     /// Fills a block.
-    fn read(&self, load: &[Slice<'_>], memory: &mut dyn HostBlock, stream: Stream) -> std::result::Result<(), Unread> {
-        for slice in load.iter().filter(|s| s.row.1 > 1) {
-            let place = memory.bytes().get_mut(slice.place()).ok_or_else(|| lost("a place in a block"))?;
-            place.fill(0);
-        }
+    fn read(&self, load: &[Slice<'_>], memory: &dyn HostBlock, stream: Stream) -> std::result::Result<(), Unread> {
         let into = memory.mem();
         let mut jobs = Vec::with_capacity(load.len());
         for slice in load {
@@ -196,21 +195,51 @@ impl Slice<'_> {
     }
 
     fn number(&self, sum: Sum, block: &[u8]) -> Result<Residue> {
-        let bytes = block.get(self.place()).ok_or_else(|| lost("a place in a block"))?;
-        if sum == Sum::Checksum {
-            return Ok(Residue::new(xxh3_128_with_seed(bytes, self.pattern.key)));
+        let mut bytes = Cow::Borrowed(block.get(self.place()).ok_or_else(|| lost("a place in a block"))?);
+        if let Some(float) = self.part.nans {
+            same_nans(bytes.to_mut(), float);
         }
-        let (long, step) = self.row;
+        if sum == Sum::Checksum {
+            return Ok(Residue::new(xxh3_128_with_seed(&bytes, self.pattern.key)));
+        }
         let item = self.part.to_item();
-        let outer = &self.pattern.axes[..self.pattern.axes.len() - usize::from(step > 0)];
+        // Runs along the last axis, where its elements lie close enough in the tensor.
+        let (last, outer) = match self.pattern.axes.split_last() {
+            Some((last, outer)) if last.key <= GAP => (*last, outer),
+            _ => (Axis { extent: 1, key: 1, val: 1 }, &self.pattern.axes[..]),
+        };
+        let mut spread = vec![0; if last.key > 1 { (((last.extent - 1) * last.key + 1) * item) as usize } else { 0 }];
         let mut out = elements(self.pattern.volume());
-        let mut rows = bytes.chunks_exact((long * item) as usize);
+        let mut rows = bytes.chunks_exact((last.extent * item) as usize);
         each(self.pattern.key, outer, &mut |key| {
-            if let Some(row) = rows.next() {
+            let Some(row) = rows.next() else { return };
+            if last.key == 1 {
                 out += run(row, key * item);
+                return;
             }
+            let places = spread.chunks_mut((last.key * item) as usize);
+            places
+                .zip(row.chunks_exact(item as usize))
+                .for_each(|(place, element)| place[..element.len()].copy_from_slice(element));
+            out += run(&spread, key * item);
         });
         Ok(out)
+    }
+}
+
+/// Makes all NaNs one.
+fn same_nans(bytes: &mut [u8], float: Float) {
+    let (mask, infinity): (u32, u32) = match float {
+        Float::F32 => (0x7FFF_FFFF, 0x7F80_0000),
+        Float::F16 => (0x7FFF, 0x7C00),
+        Float::Bf16 => (0x7FFF, 0x7F80),
+    };
+    for element in bytes.chunks_exact_mut(float.item() as usize) {
+        let bits = element.iter().rev().fold(0, |bits, &byte| bits << 8 | u32::from(byte));
+        if bits & mask > infinity {
+            let len = element.len();
+            element.copy_from_slice(&mask.to_le_bytes()[..len]);
+        }
     }
 }
 
@@ -229,33 +258,14 @@ fn each(key: u64, axes: &[Axis], f: &mut impl FnMut(u64)) {
     }
 }
 
-/// See [`Slice::row`].
-fn row(pattern: &Pattern, sum: Sum) -> (u64, u64) {
-    match pattern.axes.last() {
-        Some(a) if sum == Sum::Digest && a.key <= GAP => ((a.extent - 1) * a.key + 1, a.key),
-        _ => (1, 0),
-    }
-}
-
-/// Elements that a pattern takes in a block.
-fn room(pattern: &Pattern, sum: Sum) -> u64 {
-    let (long, step) = row(pattern, sum);
-    let rows = &pattern.axes[..pattern.axes.len() - usize::from(step > 0)];
-    rows.iter().map(|a| a.extent).product::<u64>() * long
-}
-
-/// Appends patterns that take at most `most` elements in a block, which together are this one.
-fn cut(pattern: &Pattern, sum: Sum, most: u64, out: &mut Vec<Pattern>) {
-    if room(pattern, sum) <= most {
+/// Appends patterns of at most `most` elements, which together are this one.
+fn cut(pattern: &Pattern, most: u64, out: &mut Vec<Pattern>) {
+    if pattern.volume() <= most {
         return out.push(pattern.clone());
     }
     let Some(first) = pattern.axes.first().copied() else { return };
     let one = Pattern { axes: pattern.axes[1..].into(), ..pattern.clone() };
-    let steps = match (pattern.axes.len(), row(pattern, sum).1) {
-        (1, 0) => most,
-        (1, step) => (most - 1) / step + 1,
-        _ => (most / room(&one, sum)).max(1),
-    };
+    let steps = (most / one.volume()).max(1);
     let mut from = 0;
     while from < first.extent {
         let extent = steps.min(first.extent - from);
@@ -263,49 +273,45 @@ fn cut(pattern: &Pattern, sum: Sum, most: u64, out: &mut Vec<Pattern>) {
         if extent > 1 {
             part.axes.insert(0, Axis { extent, ..first });
         }
-        cut(&part, sum, most, out);
+        cut(&part, most, out);
         from += extent;
     }
 }
 
 /// The parts in blocks of so many bytes.
-fn loads(parts: &[Part], sum: Sum, block: u64) -> Vec<Vec<Slice<'_>>> {
+fn loads(parts: &[Part], block: u64) -> Vec<Vec<Slice<'_>>> {
     let mut out: Vec<Vec<Slice<'_>>> = vec![];
     let mut end = block;
     let mut patterns = vec![];
     for (of, part) in parts.iter().enumerate() {
-        cut(&part.pattern, sum, SLICE / part.to_item(), &mut patterns);
+        cut(&part.pattern, SLICE / part.to_item(), &mut patterns);
         for pattern in patterns.drain(..) {
-            let bytes = room(&pattern, sum) * part.to_item();
+            let bytes = pattern.volume() * part.to_item();
             let mut at = end.next_multiple_of(ALIGN);
             if at + bytes > block {
                 out.push(vec![]);
                 at = 0;
             }
             end = at + bytes;
-            let row = row(&pattern, sum);
-            let mut copy = StridedCopy::converting(part.item, part.convert, pattern.val, 0, steps(&pattern, row));
+            let mut copy = StridedCopy::converting(part.item, part.convert, pattern.val, 0, steps(&pattern));
             copy.dst = at;
             if let Some(load) = out.last_mut() {
-                load.push(Slice { of, part, pattern, copy, bytes, row });
+                load.push(Slice { of, part, pattern, copy, bytes });
             }
         }
     }
     out
 }
 
-/// Extents and steps of a pattern, in its buffer and in a block.
-fn steps(pattern: &Pattern, (mut room, step): (u64, u64)) -> SmallVec<[(u64, u64, u64); 4]> {
-    let mut out: SmallVec<[(u64, u64, u64); 4]> = SmallVec::new();
-    for (i, axis) in pattern.axes.iter().rev().enumerate() {
-        if i == 0 && step > 0 {
-            out.push((axis.extent, axis.val, step));
-        } else {
-            out.push((axis.extent, axis.val, room));
-            room *= axis.extent;
-        }
-    }
-    out
+/// Extents and steps of a pattern, in its buffer and in a block, where it is dense.
+fn steps(pattern: &Pattern) -> SmallVec<[(u64, u64, u64); 4]> {
+    let mut room = 1;
+    let step = |axis: &Axis| {
+        let step = (axis.extent, axis.val, room);
+        room *= axis.extent;
+        step
+    };
+    pattern.axes.iter().rev().map(step).collect()
 }
 
 #[cfg(test)]
@@ -335,10 +341,9 @@ mod tests {
             }
             let pattern = Pattern { key: rng.u64(0..9), val: rng.u64(0..9), axes }.coalesce();
             let most = rng.u64(1..60);
-            let sum = if rng.bool() { Sum::Digest } else { Sum::Checksum };
             let mut parts = vec![];
-            cut(&pattern, sum, most, &mut parts);
-            assert!(parts.iter().all(|p| room(p, sum) <= most), "{pattern:?} in {most}");
+            cut(&pattern, most, &mut parts);
+            assert!(parts.iter().all(|p| p.volume() <= most), "{pattern:?} in {most}");
             let mut all: Vec<_> = parts.iter().flat_map(elements_of).collect();
             all.sort_unstable();
             assert_eq!(all, elements_of(&pattern));

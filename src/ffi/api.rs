@@ -146,7 +146,8 @@ pub unsafe extern "C" fn rs_container_set_comm(container: *mut rs_container_t, c
 /// a sync is in progress: poll; or GPU memory that it uses was freed, unmapped or replaced since it was bound: nothing moved, rebind),
 /// RS_ERR_NOT_FOUND (an entry of `only` that is no tensor of any rank), RS_ERR_MISMATCH (another version or subset on some rank: nothing
 /// moved), RS_ERR_BUSY (also: another container has a sync in progress on this communicator), and the fatal ones (RS_ERR_CORRUPT with
-/// RS_SYNC_VERIFY only), after which the container needs a new communicator and a connect.
+/// RS_SYNC_VERIFY only), after which the container needs a new communicator and a connect. RS_SYNC_VERIFY is RS_ERR_UNSUPPORTED with a
+/// device of the caller's and on a stream that is captured, RS_ERR_MISMATCH where not all ranks give it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_sync_weights(container: *mut rs_container_t, sync: *const rs_sync_t) -> rs_status_t {
     // SAFETY: what the comment asks of the caller.
@@ -235,24 +236,27 @@ pub unsafe extern "C" fn rs_container_describe(
 /// A number of 128 bits of the weights that all ranks hold together, which does not depend on how they are cut: of trainer, engine and a
 /// checkpoint on disk it is the same, or their weights differ. It tells apart what differs by accident; it is no signature.
 ///
-/// What counts is each tensor's own elements, once, however many ranks hold them. Sources whose targets have another dtype or a
-/// transform count as these would hold them, rounded as a sync rounds. The number is that of tensor's names, dtypes, shapes and bytes:
-/// the sum over the tensors, modulo p = 2^127 - 1, of `c (n + w[0] r + w[1] r^2 + ...)`, with n elements, `w[i]` the words of 8 bytes of
-/// the dense row-major tensor in little endian, filled up with zeros, r = 0x243f6a8885a308d313198a2e03707344, and c XXH3's 128 bits of
-/// the name, a NUL, DLPack's code and bits (a byte each), and the extents as 64-bit words in little endian.
+/// What counts is each element of a tensor that any rank holds in that role, once, however many hold it. (So an engine that wants only a
+/// part of a tensor has another number than its trainer.) Sources whose targets have another dtype or a transform count as these would
+/// hold them, rounded as a sync rounds, all NaNs being one. The number is the sum over the tensors, modulo p = 2^127 - 1, of
+/// `c (n + w[0] r + w[1] r^2 + ...)`: n is how many elements count, `w[i]` are the words of 8 bytes of the dense row-major tensor in
+/// little endian, filled up with zeros, as is what nobody holds, r = 0x243f6a8885a308d313198a2e03707344, and c is XXH3's 128 bits
+/// (`high64 << 64 | low64`, seed 0) of the tensor's name, a NUL, DLPack's code and bits (a byte each), and the extents as 64-bit words in
+/// little endian.
 ///
 /// - role: RS_SOURCE or RS_TARGET.
-/// - tensor: a logical name, or a prefix ending in `*`: the sum over those; NULL: over all that a sync moves, or, where no rank has a
-///   target, over all.
+/// - tensor: a logical name, or a prefix ending in `*`: the sum over those, whether a sync moves them or not; NULL: over all that a sync
+///   moves, or, where no rank has a target, over all.
 /// - out: 16 bytes, the number in little endian.
 ///
 /// The weights are read as they are, torn ones too, through host memory; a GPU's on a stream of the library's own, so that what
-/// writes them must have ended. rs_config_t.host_threads add up, rs_config_t.timeout_ms is the longest that it may take.
+/// writes them must have ended. On rs_config_t.host_threads threads, within rs_config_t.timeout_ms. rs_container_poll() goes on to tell of
+/// the last connect or sync.
 ///
 /// Collective: every rank of the communicator calls it, with the same role and tensor; connected, and with no sync in progress. Errors:
 /// RS_ERR_INVALID, RS_ERR_NOT_FOUND (a tensor that no rank has, or none in that role), RS_ERR_MISMATCH (ranks hold the same part of a
 /// tensor with different bytes: names it; or other arguments on some rank), RS_ERR_UNSUPPORTED (a tensor whose targets have several
-/// dtypes; a device of the caller's), RS_ERR_STATE, RS_ERR_BUSY, and the fatal ones.
+/// dtypes; a device of the caller's), RS_ERR_STATE (also: GPU memory that it reads is gone), RS_ERR_BUSY, and the fatal ones.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rs_fingerprint(
     container: *mut rs_container_t,

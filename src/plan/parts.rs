@@ -5,8 +5,8 @@ use super::closed::Alike;
 use super::facts::{classes, facts};
 use super::owners::{Holder, atoms, held};
 use super::route::TensorFacts;
-use crate::abi::{RS_ERR_UNSUPPORTED, RS_TARGET};
-use crate::convert::Convert;
+use crate::abi::{RS_ERR_UNSUPPORTED, RS_TARGET, RS_TRANSFORM_NONE};
+use crate::convert::{Convert, Float};
 use crate::error::{Result, bail};
 use crate::geom::{Axis, Pattern, Radix};
 use crate::preset::world::{Likeness, World};
@@ -23,14 +23,16 @@ pub struct Part {
     pub buffer: u32,
     /// DLPack code and bits of the buffer's elements.
     pub dtype: (u8, u8),
-    /// What a target would make of an element; `None`: its bytes as they are.
-    pub convert: Option<Convert>,
+    /// What a target would make of an element; `None`: its bytes as they are. An error if not all ranks hold it alike.
+    pub convert: Result<Option<Convert>>,
+    /// The type of the targets, where some source is cast into it.
+    pub cast: Option<Float>,
     /// `key` counts elements of the tensor, `val` those of the buffer.
     pub pattern: Pattern,
     /// How many boxes of all ranks hold these elements.
     pub copies: u64,
-    /// Whether this is the one of them that counts.
-    pub counts: bool,
+    /// Which of them this is; the first, 0, is the one that counts.
+    pub copy: u64,
     /// Whether it is part of what a sync moves: some rank has the tensor as a target, or no rank has any target.
     pub moved: bool,
 }
@@ -38,7 +40,8 @@ pub struct Part {
 impl Part {
     /// DLPack code and bits of an element once it is converted.
     pub fn kind(&self) -> (u8, u8) {
-        self.convert.map_or(self.dtype, |c| (c.to.dtype().code, c.to.dtype().bits))
+        let convert = self.convert.as_ref().ok().and_then(Option::as_ref);
+        convert.map_or(self.dtype, |c| (c.to.dtype().code, c.to.dtype().bits))
     }
 
     /// Bytes of an element of the buffer.
@@ -103,10 +106,11 @@ fn parts(me: u32, side: usize, tensor: &str, facts: &TensorFacts<'_>, targets: b
     let mut out = vec![];
     for atom in atoms(&held) {
         let copies = atom.owners.iter().map(|&owner| ranks(owner).len() as u64).sum();
-        for (place, &owner) in atom.owners.iter().enumerate() {
-            if ranks(owner).binary_search(&me).is_err() {
-                continue;
-            }
+        let mut before = 0;
+        for &owner in &atom.owners {
+            let first = before;
+            before += ranks(owner).len() as u64;
+            let Ok(place) = ranks(owner).binary_search(&me) else { continue };
             let holder = &holders[held[owner].holder as usize];
             let patch = &held[owner].patch;
             let axes = (0..radix.digits())
@@ -117,10 +121,11 @@ fn parts(me: u32, side: usize, tensor: &str, facts: &TensorFacts<'_>, targets: b
                 tensor: 0,
                 buffer: 0,
                 dtype: holder.dtype,
-                convert: converted(side, tensor, holder, facts)?,
+                convert: converted(side, tensor, holder, facts),
+                cast: cast(facts),
                 pattern,
                 copies,
-                counts: place == 0 && ranks(owner)[0] == me,
+                copy: first + place as u64,
                 moved: !targets || !facts.targets.is_empty(),
             };
             out.push(Unplaced { row: (holder.base, holder.buffer), part });
@@ -156,12 +161,20 @@ fn converted(side: usize, tensor: &str, holder: &Holder<'_>, facts: &TensorFacts
         .map_err(|e| e.context(format_args!("tensor '{tensor}', source '{}', target '{}'", holder.param, model.param)))
 }
 
+/// The type of the targets, if it is a float's and some source's is another one.
+fn cast(facts: &TensorFacts<'_>) -> Option<Float> {
+    let target = facts.targets.first()?;
+    let other = |h: &Holder<'_>| h.dtype != target.dtype || target.transform != RS_TRANSFORM_NONE;
+    facts.sources.iter().any(other).then(|| Float::of(target.dtype)).flatten()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::owners::Class;
     use smallvec::smallvec;
     use std::borrow::Cow;
+    use std::collections::BTreeSet;
 
     /// [4, 6] of three classes: ranks 0 and 3 hold the left half, rank 1 all of it, rank 2 the lower rows, twice.
     #[test]
@@ -179,10 +192,10 @@ mod tests {
             sources: vec![holder(0, 7, &left), holder(1, 1, &all), holder(2, 4, &lower), holder(2, 5, &lower)],
             targets: vec![],
         };
-        let (mut counted, mut held) = ([0; 24], [0; 24]);
+        let (mut counted, mut held, mut copies) = ([0; 24], [0; 24], vec![BTreeSet::new(); 24]);
         for me in 0..4 {
             for Unplaced { row, part } in parts(me, 0, "t", &facts, false).unwrap() {
-                assert!(part.moved && part.convert.is_none());
+                assert!(part.moved && part.convert == Ok(None));
                 let mut elements = vec![(part.pattern.key, part.pattern.val)];
                 for a in &part.pattern.axes {
                     elements =
@@ -194,11 +207,13 @@ mod tests {
                     assert_eq!(val, [5 + 3 * i + j, key, key - if me == 2 { 12 } else { 0 }][[0, 1, 2, 0][me as usize]]);
                     assert_eq!(row.1, [7, 1, row.1, 7][me as usize]);
                     held[key as usize] += 1;
-                    counted[key as usize] += u64::from(part.counts);
+                    counted[key as usize] += u64::from(part.copy == 0);
+                    copies[key as usize].insert(part.copy);
                 }
             }
         }
         assert_eq!(counted, [1; 24]);
+        assert!(copies.iter().zip(held).all(|(numbers, n)| numbers.iter().copied().eq(0..n)), "{copies:?}");
         assert_eq!(held.iter().sum::<u64>(), 12 + 12 + 24 + 24);
     }
 
@@ -213,7 +228,8 @@ mod tests {
             sources: vec![holder(0, (2, 32))],
             targets: vec![holder(0, (4, 16)), holder(1, (2, 16))],
         };
-        assert_eq!(parts(0, 1, "t", &facts, true).map(|_| ()).unwrap_err().status(), RS_ERR_UNSUPPORTED);
+        let target = parts(0, 1, "t", &facts, true).unwrap();
+        assert_eq!(target[0].part.convert.as_ref().unwrap_err().status(), RS_ERR_UNSUPPORTED);
         let one = TensorFacts { targets: vec![holder(1, (4, 16))], ..facts };
         let source = parts(0, 0, "t", &one, true).unwrap();
         assert_eq!(source[0].part.kind(), (4, 16));

@@ -42,7 +42,7 @@ pub struct Tally {
     pub released: usize,
 }
 
-/// A bit of a rank's memory that changes as the rank comes to a gather.
+/// Bits of a rank's memory that change as the rank comes to a gather; or, without any, the end of the wire.
 pub struct Spoil {
     pub rank: usize,
     /// Gathers of the rank until then, that one included.
@@ -165,6 +165,10 @@ impl End {
         state.spoils = rest;
         let due: Vec<Spoil> = due;
         for spoil in due {
+            state.aborted |= spoil.bits == 0;
+            if state.aborted {
+                continue;
+            }
             let mut byte = [0];
             let at = spoil.address as *mut u8;
             // SAFETY: memory of the test, which nothing copies while its rank comes to a gather.

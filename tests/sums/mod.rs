@@ -82,6 +82,43 @@ fn one_bit_in_one_replica_is_named() {
     }
 }
 
+/// What one replica has too much and another too little does not even out.
+#[test]
+fn two_replicas_that_differ_the_other_way_are_named() {
+    let mut case = replicas();
+    case.ranks.push(case.ranks[1].clone());
+    let mut world = connected(&case, Wire::Custom);
+    world.sync(1, None).unwrap();
+    for (rank, low) in [(2, 0x40), (3, 0x20)] {
+        let start = world.memories[rank].start(&case.ranks[rank], 2);
+        let mut image = world.memories[rank].bytes();
+        image[start] = low;
+        write(&mut world.memories[rank], &image);
+    }
+    let start = world.memories[1].start(&case.ranks[1], 2);
+    let mut image = world.memories[1].bytes();
+    image[start] = 0x30;
+    write(&mut world.memories[1], &image);
+    assert_eq!(refused(ask(&mut world, RS_TARGET, None), "'B'"), RS_ERR_MISMATCH);
+    world.close().unwrap();
+}
+
+/// A tensor whose targets have two dtypes has no number; the others have theirs.
+#[test]
+fn a_tensor_of_two_dtypes_is_refused_alone() {
+    let mut case = replicas();
+    let narrow = &mut case.ranks[2].buffers[2];
+    narrow.dtype = rs_dtype_t { code: 2, bits: 16, lanes: 1 };
+    let mut world = connected(&case, Wire::Custom);
+    world.all_ok("sync", |_, c| c.sync(1, None)).unwrap();
+    for role in [RS_SOURCE, RS_TARGET] {
+        assert_eq!(refused(ask(&mut world, role, None), "'B'"), RS_ERR_UNSUPPORTED);
+        assert_eq!(refused(ask(&mut world, role, Some("B")), "'B'"), RS_ERR_UNSUPPORTED);
+    }
+    assert_eq!(sum(&mut world, RS_SOURCE, Some("A")), sum(&mut world, RS_TARGET, Some("A")));
+    world.close().unwrap();
+}
+
 #[test]
 fn a_changed_source_shows_until_it_is_synced() {
     let case = replicas();
@@ -162,6 +199,9 @@ fn what_ranks_do_not_agree_on_is_refused_and_the_next_call_works() {
         let answers = world.all(|r, c| c.fingerprint(odd(r, RS_SOURCE, 0), None));
         let statuses: Vec<rs_status_t> = answers.iter().map(|a| a.as_ref().expect_err("refused").status).collect();
         assert_eq!(statuses, [RS_ERR_MISMATCH, RS_ERR_INVALID, RS_ERR_MISMATCH]);
+        // Poll tells of syncs: of that which rank 1 called last, and of the first one.
+        let polled: Vec<_> = world.containers.iter().map(|c| c.poll().map_err(|e| e.status)).collect();
+        assert_eq!(polled, [Ok(true), Err(RS_ERR_MISMATCH), Ok(true)]);
         world.check_sums(1, None).unwrap();
         world.sync(4, None).unwrap();
         world.close().unwrap();

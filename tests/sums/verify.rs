@@ -124,3 +124,26 @@ fn no_flipped_message_goes_unseen() {
     }
     assert!(flipped >= 20, "{flipped} worlds with so many messages");
 }
+
+/// Who is lost while the others look at what has landed leaves it as it is.
+#[test]
+fn a_rank_lost_while_it_is_verified_tears_nothing() {
+    let case = replicas();
+    let mut world = verified(&case);
+    world.publish(2);
+    let expected = world.expected(&[true; 2], 2);
+    // After the headers and the agreement.
+    world.hub.as_ref().unwrap().spoil(Spoil { rank: 1, gathers: 3, address: 0, bits: 0 });
+    let answers = world.all(|_, c| c.sync(2, None));
+    assert!(
+        answers.iter().all(|a| a.as_ref().is_err_and(|e| e.status <= RS_ERR_TIMEOUT && e.status != RS_ERR_CORRUPT)),
+        "{answers:?}"
+    );
+    world.compare(&expected).unwrap();
+    for container in &world.containers[1..] {
+        assert_eq!(container.param_at(0).unwrap().state, RS_PARAM_LANDED);
+    }
+    world.renew().unwrap();
+    world.sync(3, None).unwrap();
+    world.close().unwrap();
+}

@@ -109,6 +109,7 @@ functions! {
         cuMemHostUnregister(*mut c_void);
         cuMemcpyAsync(CUdeviceptr, CUdeviceptr, usize, CUstream);
         cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
+        cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
         cuStreamCreate(*mut CUstream, c_uint);
         cuStreamDestroy_v2(CUstream);
         cuStreamSynchronize(CUstream);

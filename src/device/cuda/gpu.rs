@@ -297,6 +297,17 @@ impl Gpu {
         }
     }
 
+    /// Reads memory of [`Gpu::alloc`], behind what is on the stream.
+    pub fn download(&self, bytes: &mut [u8], from: CUdeviceptr, stream: Stream) -> Result<()> {
+        let _current = self.current()?;
+        // SAFETY: the source has so many bytes; to memory that is not pinned the call returns when all have come.
+        unsafe {
+            let copied = (self.api.cuMemcpyDtoHAsync_v2)(bytes.as_mut_ptr().cast(), from, bytes.len(), handle(stream));
+            self.api.done("cuMemcpyDtoHAsync", copied)?;
+            self.api.done("cuStreamSynchronize", (self.api.cuStreamSynchronize)(handle(stream)))
+        }
+    }
+
     /// Starts a copy between two addresses that the GPU knows.
     pub fn copy(&self, dst: CUdeviceptr, src: CUdeviceptr, bytes: usize, stream: Stream) -> Result<()> {
         let _current = self.current()?;

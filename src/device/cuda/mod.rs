@@ -30,7 +30,7 @@ use batch::Descriptors;
 use gpu::Gpu;
 pub use ipc::export;
 pub use own::Pinned;
-use own::{CudaStream, RegisteredHost};
+use own::{CudaStream, RegisteredHost, Shown};
 use std::ptr;
 use std::sync::Arc;
 
@@ -116,8 +116,12 @@ impl Device for CudaDevice {
         Ok(self.named(RegisteredHost::shared(&self.gpu, host))?)
     }
 
+    fn shows(&self) -> bool {
+        true
+    }
+
     fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
-        Ok(Box::new(self.pinned(bytes)?))
+        Ok(Box::new(self.named(Shown::new(&self.gpu, bytes))?))
     }
 
     fn converts(&self) -> bool {

@@ -7,7 +7,6 @@ use crate::error::{Result, bail};
 use cudarc::driver::sys::{self, CUstream};
 use std::ffi::c_void;
 use std::ptr;
-use std::slice;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// A stream that does not wait for the default stream.
@@ -48,6 +47,44 @@ impl Drop for CudaStream {
     }
 }
 
+/// Memory of a GPU, of the library's own, that the CPU sees a copy of. Not pinned: to make such memory and to give it back may wait for all
+/// that GPUs do, other ranks' part in it included.
+pub struct Shown {
+    gpu: Arc<Gpu>,
+    mem: Mem,
+    seen: Vec<u8>,
+}
+
+impl Shown {
+    /// So many bytes.
+    pub fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Shown> {
+        let at = gpu.alloc(bytes)?;
+        // SAFETY: an allocation of its own of so many bytes, until `drop`.
+        let mem = unsafe { Mem::of((RS_DEVICE_CUDA, gpu.ordinal), ptr::with_exposed_provenance_mut(at as usize), bytes) };
+        Ok(Shown { gpu: gpu.clone(), mem, seen: vec![0; bytes] })
+    }
+}
+
+impl HostBlock for Shown {
+    fn mem(&self) -> Mem {
+        self.mem
+    }
+
+    fn show(&mut self, bytes: usize, stream: Stream) -> Result<&[u8]> {
+        let Some(seen) = self.seen.get_mut(..bytes) else {
+            bail!(RS_ERR_INTERNAL, "{bytes} bytes of a block of {}", self.mem.len());
+        };
+        self.gpu.download(seen, self.mem.addr() as u64, stream)?;
+        Ok(seen)
+    }
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        self.gpu.free(self.mem.addr() as u64);
+    }
+}
+
 /// Host memory that a GPU reads and writes.
 pub struct Pinned {
     gpu: Arc<Gpu>,
@@ -62,9 +99,7 @@ impl Pinned {
         // SAFETY: writes its one result.
         let answer = unsafe { (gpu.api.cuMemHostAlloc)(&mut at, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
         gpu.api.done("cuMemHostAlloc", answer)?;
-        // SAFETY: an allocation of so many bytes.
-        unsafe { at.cast::<u8>().write_bytes(0, bytes) };
-        // SAFETY: the same, until `drop`.
+        // SAFETY: an allocation of so many bytes, until `drop`.
         let mem = unsafe { Mem::of((RS_DEVICE_CUDA_HOST, gpu.ordinal), at.cast(), bytes) };
         Ok(Pinned { gpu: gpu.clone(), mem })
     }
@@ -92,17 +127,6 @@ impl Pinned {
         // SAFETY: inside the allocation, which is host memory of our own.
         unsafe { ptr::copy_nonoverlapping(from.addr() as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
-    }
-}
-
-impl HostBlock for Pinned {
-    fn mem(&self) -> Mem {
-        self.mem
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: host memory of our own, zeroed when made; the caller says that no copy writes it.
-        unsafe { slice::from_raw_parts_mut(self.mem.addr() as *mut u8, self.mem.len()) }
     }
 }
 
