@@ -1,6 +1,8 @@
 //! Memory that is gone, or another, when a sync wants it.
 
 use super::*;
+use crate::oracle::model::{Buffer, Tile};
+use crate::oracle::small::many_rounds;
 
 /// Memory that its owner gave back between two syncs: an error on every rank, before anything moves.
 #[test]
@@ -85,6 +87,29 @@ fn memory_that_is_not_used_may_be_gone() {
     all(&mut containers, &|c| c.sync(1, Some(&["A".to_string()]))).into_iter().for_each(|r| r.unwrap());
     let answers = all(&mut containers, &|c| c.sync(2, Some(&["B".to_string()])));
     says(answers.into_iter().next().expect("rank 0's"), RS_ERR_STATE, &["the memory of 'b'"]);
+}
+
+/// A target that was its source's own memory, which nothing copied, is looked at once it is not.
+#[test]
+fn memory_that_a_rebind_brings_into_use_is_looked_at() {
+    let Some(_alone) = alone() else { return };
+    let mut case = many_rounds();
+    let mut rank = case.ranks.remove(1);
+    rank.buffers.push(Buffer { name: "source".into(), role: RS_SOURCE, ..rank.buffers[0].clone() });
+    rank.tiles.push(Tile { buffer: 1, ..rank.tiles[0].clone() });
+    case.ranks = vec![rank];
+    let rank = &case.ranks[0];
+    let [one, other] = [1, 2].map(|fill| Block::new(GPU_0, &vec![fill; rank.blocks[0]]));
+    [&one, &other].into_iter().for_each(|block| drop(block.read()));
+    let comm = Comm::loopback(4998, 0, 1).unwrap();
+    let tables = |target: &Block| Tables::new(&case, rank, GPU_0, |row| if row == 0 { target.at(0) } else { one.at(0) });
+    let mut container = Container::create(rank, &tables(&one), &comm, TIMEOUT_MS).unwrap();
+    container.stream = one.stream();
+    container.connect().unwrap();
+    container.sync(1, None).unwrap();
+    container.rebind(&tables(&other)).unwrap();
+    drop(other);
+    says(container.sync(2, None), RS_ERR_STATE, &["the memory of 'a'", "was freed or unmapped since it was bound"]);
 }
 
 /// What cudaMalloc gave at the address of what was freed is not taken for that.

@@ -131,6 +131,7 @@ mutation behind-others src/container/sync.rs 'filter(|left| !left.over()).try_fo
 mutation graphs-kept src/container/sync.rs 'None if c.captured => self.graphs.push(*c),' '' standin streams
 mutation graphs-refused src/container/sync.rs 'if capturing && !(c.streams && c.alone) {' 'if false {' standin streams
 mutation host-pinned src/container/connect.rs 'kept.push(Arc::new((self.device.register(shared)?, mapping)));' 'drop((shared, mapping));' standin offload
+mutation used-renewed src/container/sync.rs '(None, Some(_)) => &c.used,' '(None, _) => &c.used,' standin cuda
 mutation scan-waited src/exec/scan.rs 'settle(self.device, stream, self.comm, self.deadline)' 'Ok::<(), Error>(())' standin properties
 mutation fingerprints-counted src/container/fingerprint.rs 'c.number += 1;' '' standin properties
 
