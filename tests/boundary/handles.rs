@@ -48,6 +48,10 @@ fn null_everywhere() {
         invalid(rs_container_describe(null(), RS_DESCRIBE_STATS, null(), text, 64, &mut len), "container");
         invalid(rs_container_describe(c.0, RS_DESCRIBE_STATS, null(), null_mut(), 64, &mut len), "buf");
         invalid(rs_container_describe(c.0, RS_DESCRIBE_STATS, null(), text, 64, null_mut()), "len");
+        let mut number = [0; 16];
+        invalid(rs_fingerprint(null_mut(), RS_SOURCE, null(), number.as_mut_ptr()), "container");
+        invalid(rs_fingerprint(c.0, RS_SOURCE, null(), null_mut()), "out");
+        fails(rs_fingerprint(c.0, RS_SOURCE, c"\xff".as_ptr(), number.as_mut_ptr()), RS_ERR_INVALID, &["tensor", "UTF-8"]);
         invalid(rs_comm_local(null(), &mut comm), "local");
         invalid(rs_comm_local(&local, &mut comm), "local.name");
         invalid(rs_comm_local(&local, null_mut()), "out");
@@ -113,8 +117,8 @@ fn names_and_versions() {
         assert_eq!(name(value.trim_end_matches(';').parse().unwrap()), id);
         n += 1;
     }
-    assert_eq!(n, 21);
-    for unknown in [2, -10, -19, -39, -47, i32::MIN, i32::MAX] {
+    assert_eq!(n, 22);
+    for unknown in [2, -10, -19, -39, -48, i32::MIN, i32::MAX] {
         assert_eq!(name(unknown), "unknown status");
     }
     let parts: Vec<u32> = env!("CARGO_PKG_VERSION").split('.').map(|p| p.parse().unwrap()).collect();
@@ -214,7 +218,8 @@ fn requests() {
         c.sync_as(&s)
     };
     fails(with(&|s| s.version = 0), RS_ERR_INVALID, &["version is 0"]);
-    fails(with(&|s| s.flags = 1), RS_ERR_INVALID, &["sync.flags", "0x1"]);
+    fails(with(&|s| s.flags = 2), RS_ERR_INVALID, &["sync.flags", "0x2"]);
+    ok(with(&|s| s.flags = RS_SYNC_VERIFY));
     fails(with(&|s| s.only_count = 1), RS_ERR_INVALID, &["sync.only is NULL", "count is 1"]);
     let texts = [c"a".as_ptr(), null(), c"\xff".as_ptr()];
     fails(with(&|s| (s.only, s.only_count) = (texts.as_ptr(), 2)), RS_ERR_INVALID, &["sync.only[1] is NULL"]);
@@ -243,7 +248,7 @@ fn two_threads_on_one_handle() {
         });
         // The first one waits for a rank that never comes.
         hub.wait_for(0, 0);
-        let (mut param, mut len, mut buf) = (sized::<rs_param_t>(), 0, [0u8; 8]);
+        let (mut param, mut len, mut buf) = (sized::<rs_param_t>(), 0, [0u8; 16]);
         let layout = Tables::default().layout();
         // SAFETY: a live handle and whole structs.
         unsafe {
@@ -256,6 +261,7 @@ fn two_threads_on_one_handle() {
             busy(rs_container_export(c.0, buf.as_mut_ptr().cast(), 8, &mut len));
             busy(rs_get_param(c.0, c"w".as_ptr(), &mut param));
             busy(rs_get_param_at(c.0, 0, &mut param));
+            busy(rs_fingerprint(c.0, RS_SOURCE, null(), buf.as_mut_ptr().cast()));
             busy(rs_container_describe(c.0, RS_DESCRIBE_STATS, null(), buf.as_mut_ptr().cast(), 8, &mut len));
             // These two never wait.
             assert_eq!(rs_container_poll(c.0), RS_IN_PROGRESS);
