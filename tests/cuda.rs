@@ -426,7 +426,8 @@ fn every_call_may_fail() {
         let mut rng = Rng::with_seed(model::mix(i as u64));
         let kinds: Vec<gpu::Kind> = case.ranks.iter().map(|_| gpu::kind(&mut rng)).collect();
         let mut failed = 0;
-        for phase in 0..5 {
+        // A fingerprint of one world is enough: it is the same calls for each part.
+        for phase in (0..5).filter(|&phase| phase != 3 || i == 0) {
             // Until the call that is to fail comes after the phase's last.
             for n in 1.. {
                 let (hit, error) = broken(&case, &kinds, phase, n);
@@ -472,7 +473,7 @@ fn broken(case: &Case, kinds: &[gpu::Kind], phase: u32, n: u64) -> (bool, bool) 
         world.memories.iter().for_each(|m| drop(m.bytes()));
         told = run(2, &mut |w| w.all(|c| c.sync(1, None)), &mut world);
     }
-    if told.iter().all(Result::is_ok) {
+    if phase == 3 && told.iter().all(Result::is_ok) {
         told = run(3, &mut |w| w.all(|c| c.fingerprint(RS_TARGET, None).map(|_| ())), &mut world);
     }
     let failures: Vec<&Failure> = told.iter().filter_map(|t| t.as_ref().err()).collect();

@@ -8,7 +8,7 @@ source tests/steps.sh "$@"
 # All world specs whose weights move, in GPUs' memory over the stand-in driver.
 gpu_worlds() {
     tests/standin/build.sh
-    RESHARD_MEMORY=cuda LD_LIBRARY_PATH=target/standin tests/presets/run.sh --syncs
+    RESHARD_MEMORY=cuda RESHARD_GOLDENS=all LD_LIBRARY_PATH=target/standin tests/presets/run.sh --syncs
 }
 
 # Real Megatron-core into real vLLM: their own memory, their own checkpoint readers (tests/frameworks).

@@ -28,7 +28,7 @@ holds() { grep -aq -- "$1" "$2"; }
 
 # The Rust tests again, and the proof that they ran with the sanitizer: our code calls its checks, and the shipped library does not.
 asan_rust() {
-    export RESHARD_CASES=${RESHARD_CASES:-500}
+    export RESHARD_CASES=${RESHARD_CASES:-300}
     local built name targets=(--lib)
     # Plans of real sizes are safe code alone, and would take very long.
     for name in tests/*.rs tests/*/main.rs; do

@@ -18,17 +18,17 @@ pub fn run(case: &Case) -> Result<(), String> {
     world.all_ok("connect", |_, c| c.connect())?;
     plans::check(case, &world.containers, chance(rng, 30))?;
     world.sync(1, None)?;
-    if chance(rng, 40) {
+    if chance(rng, 20) {
         world.check_sums(1, None)?;
     }
     for version in 2..2 + rng.u64(0..3) {
         let moved = if chance(rng, 40) { world.move_house(rng)? } else { Vec::new() };
         let patterns = chance(rng, 50).then(|| some_names(case, rng));
-        let flags = if chance(rng, 30) { RS_SYNC_VERIFY } else { 0 };
+        let flags = if chance(rng, 20) { RS_SYNC_VERIFY } else { 0 };
         world.containers.iter_mut().for_each(|c| c.flags = flags);
         let what = |e: String| format!("version {version}, {wire:?}, rebound {moved:?}, only {patterns:?}, flags {flags}: {e}");
         world.sync(version * 1000, patterns.as_deref()).map_err(&what)?;
-        if let Some(first) = patterns.as_ref().and_then(|p| p.first()).filter(|_| chance(rng, 40)) {
+        if let Some(first) = patterns.as_ref().and_then(|p| p.first()).filter(|_| chance(rng, 20)) {
             world.check_sums(version * 1000, Some(first)).map_err(what)?;
         }
     }

@@ -205,10 +205,11 @@ def megatron_settings(config):
 
 
 def check_from_megatron():
-    """Every Megatron setting into every vLLM file: the shards are those that the library made of Hugging Face tensors."""
+    """Every Megatron setting into every vLLM file: the shards are those that the library made of Hugging Face tensors. On ranks of their own or
+    on the same, by turns; with RESHARD_GOLDENS=all in both ways."""
     import worlds
 
-    count, made = 0, {}
+    count, made, turn, both = 0, {}, 0, os.environ.get("RESHARD_GOLDENS") == "all"
     for golden in files("vllm"):
         for ranks, side in megatron_settings(golden.config):
             key = json.dumps([golden.config, side], sort_keys=True)
@@ -217,12 +218,11 @@ def check_from_megatron():
                 spec = {"model": golden.config, "source": {"framework": "hf", "ranks": "0"}, "target": shards}
                 first = worlds.run(spec, 1 + ranks)
                 made[key] = {rank: first[1 + rank].memory["target"] for rank in range(ranks)}
-            spec = {"model": golden.config, "source": side, "target": golden.side_at(ranks)}
-            count += check_targets(golden, ranks, worlds.run(spec, ranks + len(golden.ranks), sources=made[key]))
-            # The same with both jobs on the same ranks.
-            spec["target"] = golden.side_at(0)
-            world = max(ranks, len(golden.ranks))
-            count += check_targets(golden, 0, worlds.run(spec, world, sources=made[key]))
+            turn += 1
+            for first in (0, ranks) if both else (ranks * (turn % 2),):
+                spec = {"model": golden.config, "source": side, "target": golden.side_at(first)}
+                world = max(ranks, first + len(golden.ranks))
+                count += check_targets(golden, first, worlds.run(spec, world, sources=made[key]))
     return count
 
 

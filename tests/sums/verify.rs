@@ -4,7 +4,7 @@ use super::super::oracle::library::Failure;
 use super::super::oracle::mailbox::Spoil;
 use super::super::oracle::model::{Case, Tensor};
 use super::super::oracle::world::{Wire, World};
-use super::super::oracle::{generate, small};
+use super::super::oracle::{generate, gpu, small};
 use super::{connected, replicas};
 use fastrand::Rng;
 use reshard::abi::*;
@@ -108,7 +108,9 @@ fn no_flipped_message_goes_unseen() {
     let (mut flipped, mut rng) = (0, Rng::with_seed(6));
     // What a cast rounds away is no difference.
     let exact = |case: &Case| !case.tensors.iter().any(Tensor::converts);
-    for case in (0..150).map(|seed| generate::case(seed, None)).filter(exact) {
+    // Over the stand-in driver this is one test of many schedules.
+    let worlds = if gpu::wanted() { 15 } else { 150 };
+    for case in (0..worlds).map(|seed| generate::case(seed, None)).filter(exact) {
         let seed = case.seed;
         let mut world = verified(&case);
         world.publish(2);
@@ -122,7 +124,7 @@ fn no_flipped_message_goes_unseen() {
         flipped += 1;
         assert!(answers.iter().all(|a| a.as_ref().is_err_and(|e| e.status == RS_ERR_CORRUPT)), "seed {seed}: {answers:?}");
     }
-    assert!(flipped >= 20, "{flipped} worlds with so many messages");
+    assert!(flipped >= worlds / 8, "{flipped} worlds with so many messages");
 }
 
 /// Who is lost while the others look at what has landed leaves it as it is.
