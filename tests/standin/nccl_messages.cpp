@@ -67,14 +67,15 @@ static void check_overlap(const NcclCall &call, const std::vector<Half> &halves)
 }
 
 // Ranks of one process reach each other's buffers directly: NCCL opens what is from cuMemAlloc to its peers, and leaves the rest as it is.
-static void check_peer(const NcclCall &call, const Batch &batch, const Half &half) {
+// That counts when both ends are there: until then a peer may still be about to ask for it.
+static void check_peer(const Batch &batch, const Half &half) {
     RegionPtr region = find_region(half.address);
     if (!region || (!region->pool && region->kind != Kind::Mapped)) return;
     const Device *home = region->context->device, *peer = batch.comm->world->ranks[half.peer]->context->device;
     const auto &open = region->pool ? region->pool->access : region->access;
     if (peer != home && can_access(peer, home) && !open.count(peer))
-        violation("NCCL-PEER-ACCESS", "%s: memory at 0x%llx is of a pool, or mapped, and not open to GPU %d, on which rank %d is", call.name,
-                  number(half.address), peer->ordinal, half.peer);
+        violation("NCCL-PEER-ACCESS", "%s: memory at 0x%llx is of a pool, or mapped, and not open to GPU %d, on which rank %d is",
+                  batch.what.c_str(), number(half.address), peer->ordinal, half.peer);
 }
 
 // Whether the batch can only finish after itself: it waits for the other ends of its messages to start, these for what is before
@@ -95,7 +96,6 @@ static bool waits_for(const Batch *batch, const Batch *wanted, std::set<const Ba
 void post(NcclCall &call, const BatchPtr &batch) {
     const CommPtr &comm = batch->comm;
     check_overlap(call, batch->halves);
-    for (const Half &half : batch->halves) check_peer(call, *batch, half);
     if (comm->last && !comm->last->finished) batch->before = comm->last;
     comm->last = batch;
     for (Half &half : batch->halves) match(call, *batch, half);
@@ -163,6 +163,8 @@ static void take(Message &message) {
 
 static void finish(Batch &batch, Running &running) {
     bool moves = !batch.comm->aborted;
+    if (moves)
+        for (const Half &half : batch.halves) check_peer(batch, half);
     for (Half &half : batch.halves) {
         if (half.side != SENDS) continue;
         if (moves) take(*half.message);
