@@ -12,7 +12,7 @@ use crate::exec::scan::{self, Scan, Sum};
 use crate::plan::parts::{self, Part};
 use crate::wire::{Call, Header, Table};
 use std::collections::BTreeMap;
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Of the first copy beside the one that counts; of the next its square, and so on. The fraction of e, less its first
 /// bit.
@@ -220,9 +220,5 @@ fn differing<'c>(comm: &dyn Comm, c: &'c Connected, tallies: &BTreeMap<u32, Tall
 
 /// Tells what is asked for from other questions.
 fn digest(role: u32, tensor: Option<&str>) -> u64 {
-    let mut hash = Xxh3::new();
-    hash.update(&role.to_le_bytes());
-    hash.update(&[u8::from(tensor.is_some())]);
-    hash.update(tensor.unwrap_or("").as_bytes());
-    hash.digest()
+    xxh3_64(format!("{role} {tensor:?}").as_bytes())
 }

@@ -1,7 +1,7 @@
 //! Sums over this rank's memory: digests of parts of tensors, and checksums of what was sent and what landed.
 //!
-//! The device copies parts into memory that the CPU sees, a block at a time, converted where they must be, in an order that does not depend on how
-//! they lie; there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
+//! The device copies parts into memory that the CPU sees, a block at a time, converted where they must be, in an order that does not
+//! depend on how they lie; there they are summed. So there is one loop that sums, whatever the memory and however it is strided.
 #![forbid(unsafe_code)]
 
 use super::{GRACE, lost, settle, until_done};

@@ -127,6 +127,13 @@ fn a_changed_source_shows_until_it_is_synced() {
     let before = sum(&mut world, RS_SOURCE, None);
     let by_tensor = ["A", "B"].map(|t| sum(&mut world, RS_SOURCE, Some(t)));
     assert_ne!(by_tensor[0], by_tensor[1]);
+    // One bit.
+    let first = world.memories[0].start(&case.ranks[0], 0);
+    flip(&mut world.memories[0], first + 1000, 4);
+    assert_ne!(sum(&mut world, RS_SOURCE, None), before);
+    assert_ne!(sum(&mut world, RS_SOURCE, Some("A")), by_tensor[0]);
+    flip(&mut world.memories[0], first + 1000, 4);
+    assert_eq!(sum(&mut world, RS_SOURCE, None), before);
     // Two rows of B change places.
     let (row, start) = (48 * 4, world.memories[0].start(&case.ranks[0], 1));
     let mut image = world.memories[0].bytes();
