@@ -8,7 +8,7 @@ use crate::abi::*;
 use crate::comm::{Comm, Deadline};
 use crate::digest::{Residue, scale};
 use crate::error::{Error, Result, bail};
-use crate::exec::scan::{self, Scan, Sum};
+use crate::exec::scan::{self, Scan, Sum, shown};
 use crate::plan::parts::{self, Part};
 use crate::wire::{Call, Header, Table};
 use std::collections::BTreeMap;
@@ -144,13 +144,7 @@ impl Container {
 
     /// What can be wrong on this rank alone.
     fn asked(&self, c: &Connected, role: u32, tensor: Option<&str>) -> Result<Asked> {
-        if !self.device.shows() {
-            bail!(
-                RS_ERR_UNSUPPORTED,
-                "'{}' does not copy its memory into the host's, where it could be looked at",
-                self.device.name()
-            );
-        }
+        shown(&*self.device)?;
         let side = match role {
             RS_SOURCE => 0,
             RS_TARGET => 1,

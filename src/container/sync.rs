@@ -9,6 +9,7 @@ use crate::comm::{Comm, Deadline};
 use crate::device::Stream;
 use crate::error::{Error, Result, bail, err};
 use crate::exec::batches::Places;
+use crate::exec::scan::shown;
 use crate::exec::signs::Signs;
 use crate::exec::{Run, settle};
 use crate::wire::{Call, Header};
@@ -394,12 +395,8 @@ impl Container {
 
     /// An error if memory is gone that this sync uses, or cannot be looked at where it must be.
     fn able(&self, c: &Connected, me: u32, subset: Option<&[bool]>, request: &Sync) -> Result<()> {
-        if request.verify && !self.device.shows() {
-            bail!(
-                RS_ERR_UNSUPPORTED,
-                "RS_SYNC_VERIFY: '{}' does not copy its memory into the host's, where it could be looked at",
-                self.device.name()
-            );
+        if request.verify {
+            shown(&*self.device).map_err(|e| e.context("RS_SYNC_VERIFY"))?;
         }
         self.grounded(c, me, subset)
     }

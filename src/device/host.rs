@@ -16,7 +16,7 @@ mod tiles;
 #[cfg(test)]
 mod tests;
 
-use super::{Copies, CopyNow, Device, Event, HostBlock, Job, Mem, Stream};
+use super::{Copies, CopyNow, Device, Event, HostBlock, Job, Mem, Shows, Stream};
 use crate::abi::*;
 use crate::error::{Result, bail, err};
 use crate::geom::CopyAxis;
@@ -75,12 +75,8 @@ impl Device for HostDevice {
         (RS_DEVICE_CPU, 0)
     }
 
-    fn shows(&self) -> bool {
-        true
-    }
-
-    fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
-        Ok(Box::new(OwnBlock((0..bytes).map(|_| UnsafeCell::new(0)).collect())))
+    fn shows(&self) -> Option<&dyn Shows> {
+        Some(self)
     }
 
     fn converts(&self) -> bool {
@@ -135,6 +131,12 @@ impl Device for HostDevice {
     }
 
     fn forget(&self, _event: Event) {}
+}
+
+impl Shows for HostDevice {
+    fn block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
+        Ok(Box::new(OwnBlock((0..bytes).map(|_| UnsafeCell::new(0)).collect())))
+    }
 }
 
 /// Memory of its own.

@@ -117,13 +117,9 @@ pub trait Device: Send + Sync {
     fn register(&self, _host: Mem) -> Result<Registered> {
         bail!(RS_ERR_UNSUPPORTED, "'{}' cannot use host memory", self.name())
     }
-    /// Whether it gives [`Device::host_block`]s.
-    fn shows(&self) -> bool {
-        false
-    }
-    /// Memory that its copies write and the CPU sees.
-    fn host_block(&self, _bytes: usize) -> Result<Box<dyn HostBlock>> {
-        bail!(RS_ERR_UNSUPPORTED, "'{}' does not copy its memory into the host's", self.name())
+    /// Letting the CPU see what its memory holds, if it can.
+    fn shows(&self) -> Option<&dyn Shows> {
+        None
     }
     /// Whether its copies convert values.
     fn converts(&self) -> bool;
@@ -165,6 +161,12 @@ pub trait Signals: Sync {
     fn write(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
     /// Lets what is started later on the stream wait until the word is at least `value`.
     fn wait(&self, stream: Stream, word: Mem, value: u64) -> Result<()>;
+}
+
+/// A device whose memory the CPU can see a copy of.
+pub trait Shows: Sync {
+    /// Memory that its copies write and the CPU sees.
+    fn block(&self, bytes: usize) -> Result<Box<dyn HostBlock>>;
 }
 
 /// Memory that a device's copies write and the CPU sees. Dropped when none writes it any more. Neither it nor making it waits for what else

@@ -5,11 +5,12 @@
 #![forbid(unsafe_code)]
 
 use super::{GRACE, lost, settle, until_done};
+use crate::abi::RS_ERR_UNSUPPORTED;
 use crate::comm::{Comm, Deadline};
 use crate::convert::{Convert, Float};
-use crate::device::{Copies, Device, HostBlock, Job, Mem, Stream};
+use crate::device::{Copies, Device, HostBlock, Job, Mem, Shows, Stream};
 use crate::digest::{Residue, elements, run};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, err};
 use crate::geom::{Axis, Pattern, StridedCopy};
 use smallvec::SmallVec;
 use std::borrow::Cow;
@@ -69,6 +70,13 @@ pub struct Scan<'a> {
     pub sum: Sum,
 }
 
+/// The device's way to let the CPU see its memory; an error if it has none.
+pub fn shown(device: &dyn Device) -> Result<&dyn Shows> {
+    let none =
+        || err!(RS_ERR_UNSUPPORTED, "'{}' does not copy its memory into the host's, where it could be looked at", device.name());
+    device.shows().ok_or_else(none)
+}
+
 /// A part of a part that lies in a block.
 struct Slice<'p> {
     /// Which of the parts it is of.
@@ -124,7 +132,7 @@ impl Scan<'_> {
             Copies::Prepared(prepare) => Some(prepare.stream()?),
             Copies::AsTheyAre(_) => None,
         };
-        let mut memory = self.device.host_block(block as usize)?;
+        let mut memory = shown(self.device)?.block(block as usize)?;
         loop {
             self.comm.check()?;
             self.deadline.check(|| "the sums over this rank's weights".into())?;

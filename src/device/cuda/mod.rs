@@ -20,8 +20,8 @@ mod pieces;
 mod pool;
 
 use super::{
-    Batch, Copies, Device, Event, Export, Held, HostBlock, Imported, Job, Mem, Missing, OwnStream, Prepare, Registered, Signals,
-    Stream,
+    Batch, Copies, Device, Event, Export, Held, HostBlock, Imported, Job, Mem, Missing, OwnStream, Prepare, Registered, Shows,
+    Signals, Stream,
 };
 use crate::abi::*;
 use crate::error::{Result, bail};
@@ -116,12 +116,8 @@ impl Device for CudaDevice {
         Ok(self.named(RegisteredHost::shared(&self.gpu, host))?)
     }
 
-    fn shows(&self) -> bool {
-        true
-    }
-
-    fn host_block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
-        Ok(Box::new(self.named(Shown::new(&self.gpu, bytes))?))
+    fn shows(&self) -> Option<&dyn Shows> {
+        Some(self)
     }
 
     fn converts(&self) -> bool {
@@ -164,6 +160,12 @@ impl Device for CudaDevice {
 
     fn signals(&self) -> Option<&dyn Signals> {
         self.gpu.words.is_some().then_some(self)
+    }
+}
+
+impl Shows for CudaDevice {
+    fn block(&self, bytes: usize) -> Result<Box<dyn HostBlock>> {
+        Ok(Box::new(self.named(Shown::new(&self.gpu, bytes))?))
     }
 }
 
