@@ -9,10 +9,11 @@ cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh
 source tests/steps.sh "$@"
 
-# The order of the shared words, as any two threads may see them that are interrupted three times at most (long.sh: four times).
+# The order of the shared words, as any two threads may see them that are interrupted three times at most (long.sh: four times). Not
+# optimised: the compiler would take longer than the test.
 loom() {
-    export RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=${1:-3}
-    some_tests cargo test --locked --release --lib comm::local::ring
+    export RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom LOOM_MAX_PREEMPTIONS=3 CARGO_PROFILE_DEV_DEBUG=0
+    some_tests cargo test --locked --lib comm::local::ring
 }
 
 host() { rustc -vV | sed -n 's/^host: //p'; }
@@ -20,7 +21,9 @@ host() { rustc -vV | sed -n 's/^host: //p'; }
 # cargo COMMAND ... with the address sanitizer in every crate but the standard library; RUSTC_BOOTSTRAP lets a stable rustc do it.
 # Lightly optimised, for time, with all of the debug build's checks.
 sanitized() {
-    RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo "$@" --locked --target "$(host)"
+    export RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/asan
+    export CARGO_PROFILE_DEV_OPT_LEVEL=1 CARGO_PROFILE_DEV_DEBUG=line-tables-only
+    cargo "$@" --locked --target "$(host)"
 }
 
 # holds SYMBOL FILE: whether the file names it.
@@ -33,7 +36,7 @@ asan_rust() {
     # Plans of real sizes are safe code alone, and would take very long; some others call nothing of the library.
     for name in tests/*.rs tests/*/main.rs; do
         name=${name#tests/} name=${name%/main.rs} name=${name%.rs}
-        [[ $name =~ ^(real_sizes|header|layers)$ ]] || targets+=(--test "$name")
+        [[ $name =~ ^(real_sizes|figures|header|layers)$ ]] || targets+=(--test "$name")
     done
     some_tests sanitized test "${targets[@]}" --no-fail-fast
     sanitized build --lib
@@ -85,9 +88,9 @@ step needs           900 install_needs
 step format          120 cargo fmt --check
 step clippy          600 cargo clippy --locked --all-targets -- -D warnings
 step documentation   300 env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --lib
-step rust           1200 some_tests env RESHARD_CASES="${RESHARD_CASES:-6000}" cargo test --locked --release --no-fail-fast
+step rust           1200 some_tests env RESHARD_CASES="${RESHARD_CASES:-4000}" cargo test --locked --release --no-fail-fast
 step loom            600 loom
-step presets         600 env RESHARD_WORLDS="${RESHARD_WORLDS:-300}" tests/presets/run.sh
+step presets         600 env RESHARD_WORLDS="${RESHARD_WORLDS:-200}" tests/presets/run.sh
 step torch           300 tests/torch.sh
 step kernels         300 tests/kernels/run.sh
 step standin         300 tests/standin/selftest.sh
