@@ -96,6 +96,11 @@ pub fn data(memory: &Mapping) -> usize {
     memory.len().saturating_sub(sys::page())
 }
 
+/// Whether what a peer sent can be an allocation: whole pages, the last of which tells whether it is in use.
+pub fn fits(memory: &Mapping) -> bool {
+    memory.len() % sys::page() == 0 && data(memory) > 0
+}
+
 /// Whether the owner of a mapped allocation has not freed it.
 pub fn in_use(memory: &Mapping) -> bool {
     live(memory).load(std::sync::atomic::Ordering::Acquire) == LIVE

@@ -112,6 +112,9 @@ impl Block {
 /// which may be of anything.
 fn blocks(frame: &mut Frame) -> Option<(Vec<Block>, String)> {
     let files = std::mem::take(&mut frame.files);
+    if !frame.memory.iter().all(segment::fits) {
+        return None;
+    }
     let (count, rest) = frame.bytes.split_first_chunk()?;
     let (list, rest) = rest.split_at_checked(usize::try_from(u64::from_ne_bytes(*count)).ok()?.checked_mul(BLOCK)?)?;
     let (lengths, refused) = rest.split_at_checked(8 * files.len())?;
@@ -396,6 +399,12 @@ mod tests {
             assert!(spoilt(lengths + at, word, 3).is_none(), "{word} at {at}");
         }
         assert!(spoilt(0, 4, 1).is_none());
+        // Memory that is no allocation, with no block in it: its state would be looked for where there is none.
+        for (len, fits) in [(5, false), (4_099, false), (sys::page(), false), (2 * sys::page(), true)] {
+            let file = sys::shared(c"nonsense", len).unwrap();
+            let letter = Letter { kind: Kind::Offer, bytes: &[0; 8], memory: &[file.as_fd()], files: &[] };
+            assert_eq!(blocks(&mut sent("memory", &letter).unwrap()).is_some(), fits, "{len} bytes");
+        }
         // Others than offers carry none.
         let files = [right.files[0].as_fd()];
         assert!(sent("gather", &Letter { kind: Kind::Gather, bytes: &[], memory: &[], files: &files }).is_err());
