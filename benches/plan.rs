@@ -4,7 +4,7 @@
 //! rank has 100,000 tiles and every tile is met by two others. Timed on one core, without a communicator: decoding of all tables,
 //! facts, plan, lists of copies.
 
-use reshard::exec::work::{Way, build};
+use reshard::exec::work::{Ways, build};
 use reshard::geom::{Axis, Pattern};
 use reshard::layout::{Tensor, Tile};
 use reshard::plan::facts::{classes, facts, plan};
@@ -49,7 +49,8 @@ fn main() {
         let (_, facts) = facts(2, &tables, &classes).expect("facts");
         let plan: Plan = plan(2, &places, &facts).expect("plan");
         let planned = begun.elapsed().as_secs_f64();
-        let work = build(&plan, &Local::default(), &|_| true, &|_| true, &Way::Group { direct: &|_| true }, 1 << 20);
+        let ways = Ways { reads: None, direct: &|_| true, message: 1 << 20 };
+        let work = build(&plan, &Local::default(), &|_| true, &|_| true, &ways);
         bytes = work.bytes.received;
         seconds.push((begun.elapsed().as_secs_f64(), decoded, planned - decoded));
     }

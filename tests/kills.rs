@@ -5,7 +5,7 @@
 //! byte changed by a process that comes back late. Then the survivors and fresh processes connect again and the next version lands.
 //!
 //! RESHARD_KILLS: how many rounds (5). RESHARD_SEED: the first seed. Ranks are this test program, started again. With RESHARD_MEMORY=cuda
-//! the weights are on GPUs, which the processes share.
+//! the weights are on GPUs, which the processes share; with RESHARD_NIXL, the path of libnixl_capi.so, they go over NIXL.
 
 #[allow(dead_code)] // `properties` uses the rest.
 #[path = "oracle/gpu.rs"]
@@ -16,6 +16,7 @@ use reshard::ffi::api::*;
 use std::ffi::{CStr, CString};
 use std::io::{BufRead, BufReader, Write};
 use std::mem::zeroed;
+use std::net::TcpListener;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::ptr::null_mut;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -55,9 +56,28 @@ fn last_error() -> String {
     unsafe { CStr::from_ptr(rs_last_error()) }.to_string_lossy().replace('\n', " ")
 }
 
+/// A new run's name: over NIXL an address with a port that is free now.
+fn run_name(label: &str) -> String {
+    match nixl() {
+        Some(_) => TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").to_string(),
+        None => label.to_string(),
+    }
+}
+
+fn nixl() -> Option<String> {
+    std::env::var("RESHARD_NIXL").ok()
+}
+
 fn join(name: &str, rank: i32, flags: u32) -> *mut rs_comm_t {
-    let name = CString::new(name).expect("no NUL");
     let mut comm = null_mut();
+    if let Some(library) = nixl() {
+        let config = format!(r#"{{"address": "{name}", "library": "{library}", "timeout_ms": 20000}}"#);
+        let config = CString::new(config).expect("no NUL");
+        // SAFETY: a NUL-terminated text and an output.
+        assert_eq!(unsafe { rs_comm_nixl(config.as_ptr(), rank, RANKS, &mut comm) }, RS_OK, "{}", last_error());
+        return comm;
+    }
+    let name = CString::new(name).expect("no NUL");
     // SAFETY: a zeroed struct with its size set, as the header asks.
     unsafe {
         let mut c: rs_comm_local_t = zeroed();
@@ -401,7 +421,7 @@ fn dead_and_stopped_processes_are_named_and_change_nothing() {
             seed + round,
             if stop { "stop" } else { "kill" }
         );
-        let name = format!("kills-{}-{round}", std::process::id());
+        let name = run_name(&format!("kills-{}-{round}", std::process::id()));
         one_round(&name, flags, shared, stop, &victims, pause);
         let names = std::fs::read_to_string("/proc/net/unix").expect("reads");
         assert!(!names.contains(&name), "a socket name is left behind");
@@ -435,7 +455,7 @@ fn one_round(name: &str, flags: u32, shared: bool, stop: bool, victims: &[i32], 
         );
     }
     assert!(named || victims.len() == RANKS as usize);
-    let next = format!("{name}-again");
+    let next = run_name(&format!("{name}-again"));
     if stop {
         let survivors: Vec<usize> = (0..all.len()).filter(|&i| !victims.contains(&(i as i32))).collect();
         let sums = |all: &mut Vec<Process>| -> Vec<String> {

@@ -10,6 +10,7 @@
 //! caller makes another one. So nothing that a late process still writes can reach memory that anybody reads.
 #![deny(unsafe_code)]
 
+pub mod composite;
 #[allow(unsafe_code)]
 pub mod foreign;
 #[allow(unsafe_code)]
@@ -17,6 +18,8 @@ pub mod local;
 pub mod loopback;
 #[allow(unsafe_code)]
 pub mod nccl;
+#[allow(unsafe_code)]
+pub mod nixl;
 #[allow(unsafe_code)]
 pub mod page;
 
@@ -51,6 +54,11 @@ impl Deadline {
     /// What is left, zero once it has passed.
     pub fn left(&self) -> Duration {
         self.end.saturating_duration_since(Instant::now())
+    }
+
+    /// All that there was at first.
+    pub fn whole(&self) -> Duration {
+        self.whole
     }
 
     /// Whether nothing is left.
@@ -95,6 +103,8 @@ pub trait Comm: Send + Sync {
     fn gone(&self, _rank: u32) -> bool {
         false
     }
+    /// How its errors call its ranks from now on: by their numbers in a larger communicator.
+    fn rename(&self, _ranks: &[u32]) {}
     /// Gathers that do not wait, if it can.
     fn later(&self) -> Option<&dyn Later> {
         None
@@ -181,6 +191,10 @@ pub struct Opened {
 /// all enter another. [`Windows::enter`] and [`Windows::leave`] bracket each chunk so that an owner that gives up can wait for the
 /// chunk being read, however late its reader is.
 pub trait Windows: Sync {
+    /// Whether weights from and to a rank move this way, and through the communicator's pipe, rather than in groups.
+    fn covers(&self, _rank: u32) -> bool {
+        true
+    }
     /// Tells each reader in `offers` which blocks of ours it may read, and learns what each of `owners` lets us read. Both lists are
     /// sorted by rank; a rank is in one's `offers` exactly where it has us in its `owners`. Windows of an earlier exchange end.
     fn exchange(&self, offers: &[(u32, Vec<Mem>)], owners: &[u32], deadline: Deadline) -> Result<Opened>;
@@ -232,6 +246,15 @@ pub trait Pipe: Sync {
 
 /// Sends and receives of memory that the executor names, in groups: everything between `begin` and `end` progresses together.
 pub trait Group: Sync {
+    /// Makes memory ready for messages, before the first group that uses it, and tells those that we send `to`; learns the same of those
+    /// that we receive `from`. The lists of two ranks match. The memory stays until what this gives is dropped.
+    fn register(&self, _mems: &[Mem], _to: &[u32], _from: &[u32], _deadline: Deadline) -> Result<Option<Kept>> {
+        Ok(None)
+    }
+    /// What the groups that are not complete wait for: completes "waited for ...".
+    fn missing(&self) -> String {
+        "the communicator to complete a group of sends and receives".into()
+    }
     /// Opens a group.
     fn begin(&self) -> Result<()>;
     /// Within a group: sends `mem` to a peer.

@@ -7,11 +7,12 @@ use super::sync::give_up;
 use super::{Container, FromSpec, Phase, held};
 use crate::abi::*;
 use crate::comm::{Access, Comm, Deadline, Group, Kept, Window, Windows};
-use crate::device::Copies;
+use crate::device::{Copies, Mem};
 use crate::error::{Error, Result, bail, err};
+use crate::exec::Staging;
 use crate::exec::batches::{Batches, Places};
 use crate::exec::signs::Signs;
-use crate::exec::work::{Way, Work, build, offer};
+use crate::exec::work::{Reads, Ways, Work, build, offer};
 use crate::plan::facts::{Union, classes, facts, plan};
 use crate::plan::parts::Part;
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
@@ -77,9 +78,26 @@ pub(super) struct Connected {
 pub(super) struct Ready {
     pub work: Work,
     pub batches: Option<Batches>,
+    /// What the communicator has made ready for messages: goes before the staging does, which is a part of it.
+    pub registered: Option<Kept>,
+    /// For the messages of a group.
+    pub staging: Option<Arc<Staging>>,
+}
+
+impl Ready {
+    /// Where its staging lies, if it needs some.
+    pub fn staging(&self) -> Option<Mem> {
+        self.staging.as_ref().and_then(|staging| staging.mem())
+    }
 }
 
 impl Connected {
+    /// Lets go what the communicator has made ready: the memory is about to be its owner's again.
+    pub fn let_go(&mut self) {
+        self.ready.registered = None;
+        self.subset = None;
+    }
+
     /// The copies of a sync of the last subset, or of everything.
     pub fn chosen(&self, subset: bool) -> &Ready {
         match &self.subset {
@@ -94,7 +112,7 @@ impl Connected {
     }
 }
 
-/// Windows of the ranks that we read from, in the order of `opened`, and what our readers made of ours. See `exec::work::Way`.
+/// Windows of the ranks that we read from, in the order of `opened`, and what our readers made of ours. See `exec::work::Reads`.
 #[derive(Default)]
 pub(super) struct Links {
     pub windows: Vec<Vec<Window>>,
@@ -194,8 +212,8 @@ impl Container {
 
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
-        if let Some(pipe) = comm.pipe() {
-            message = message.min(pipe.capacity() as u64 / CRUMB * CRUMB);
+        if comm.group().is_none() {
+            message = through_pipe(comm, message);
         }
         if message < LEAST_MESSAGE {
             bail!(
@@ -366,7 +384,7 @@ impl Container {
             let mut rows = vec![];
             let mut owners = vec![];
             let mut wanted = vec![];
-            for peer in &c.plan.peers {
+            for peer in c.plan.peers.iter().filter(|p| windows.covers(p.rank)) {
                 if !peer.out.is_empty() {
                     let row = offer(&peer.out);
                     offers.push((peer.rank, row.iter().map(|&b| self.mems[b as usize]).collect()));
@@ -402,7 +420,7 @@ impl Container {
                 c.links.windows.push(list);
             }
         }
-        c.ready = self.ready(comm, c, None)?;
+        c.ready = self.ready(comm, c, None, deadline)?;
         c.used = self.used(c, None);
         if let Some(pipe) = comm.pipe() {
             let lanes = &c.work().lanes;
@@ -458,25 +476,45 @@ impl Container {
         Ok(())
     }
 
-    /// The copies of all tensors, or of those marked (by ordinal).
-    pub(super) fn ready(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>) -> Result<Ready> {
+    /// The copies of all tensors, or of those marked (by ordinal). Collective between the ranks that exchange messages in groups.
+    pub(super) fn ready(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>, deadline: Deadline) -> Result<Ready> {
         let accept = |ordinal: u32| subset.is_none_or(|s| s[ordinal as usize]);
         let accept_local = |row: u32| accept(c.ordinals[row as usize]);
-        let way = match comm.windows() {
-            Some(windows) => Way::Windows { windows, granted: &c.links.granted, opened: &c.links.opened },
-            // Other memory than the device's own is host memory, which the communicator need not take.
-            None => Way::Group { direct: &|row| self.mems[row as usize].kind() == self.device.id() },
-        };
-        let work = build(&c.plan, &self.local, &accept_local, &accept, &way, c.message);
+        let message = through_pipe(comm, c.message);
+        let reads = comm.windows().map(|windows| Reads { windows, granted: &c.links.granted, opened: &c.links.opened, message });
+        // Other memory than the device's own is host memory, which the communicator need not take.
+        let direct = |row: u32| self.mems[row as usize].kind() == self.device.id();
+        let ways = Ways { reads, direct: &direct, message: c.message };
+        let work = build(&c.plan, &self.local, &accept_local, &accept, &ways);
         if let Some(rounds) = &work.group {
             rounds.check()?;
         }
-        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at };
-        // Of everything, where this is a subset.
-        let other = c.ready.batches.as_ref().filter(|_| subset.is_some());
-        let batches = Batches::new(&self.device, places, &work, other, c.streams)?;
-        Ok(Ready { work, batches })
+        // Of everything, where this is a subset: the two never run at the same time.
+        let other = Some(&c.ready).filter(|_| subset.is_some());
+        let bytes = work.group.as_ref().map_or(0, |g| g.staging());
+        let suffices = |s: &Arc<Staging>| s.mem().map_or(0, Mem::len) as u64 >= bytes;
+        let staging = match other.and_then(|o| o.staging.clone()).filter(suffices) {
+            Some(staging) => staging,
+            None => Arc::new(Staging::new(self.device.clone(), bytes, self.staging_at)?),
+        };
+        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: staging.mem() };
+        let batches = Batches::new(&self.device, places, &work, other.and_then(|o| o.batches.as_ref()), c.streams)?;
+        let registered = match (&work.group, comm.group()) {
+            (Some(rounds), Some(group)) => {
+                let own = rounds.direct().into_iter().map(|row| places.mem(row));
+                let mems: Vec<Mem> = own.chain(staging.mem().map(Ok)).collect::<Result<_>>()?;
+                let [to, from] = rounds.peers();
+                group.register(&mems, &to, &from, deadline)?
+            }
+            _ => None,
+        };
+        Ok(Ready { work, batches, registered, staging: Some(staging) })
     }
+}
+
+/// What of messages of this size fits into those of the communicator's own memory, if it has some.
+fn through_pipe(comm: &dyn Comm, message: u64) -> u64 {
+    comm.pipe().map_or(message, |pipe| message.min(pipe.capacity() as u64 / CRUMB * CRUMB))
 }
 
 /// What planning makes of all tables.

@@ -233,6 +233,9 @@ impl Container {
             self.imported.clear();
             self.disconnect(Phase::Created);
         }
+        if let Phase::Connected(connected) = &mut self.phase {
+            connected.let_go();
+        }
         self.graphs.clear();
         *held(&mut self.params) = params;
         self.binding += 1;

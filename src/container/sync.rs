@@ -238,13 +238,14 @@ impl Container {
     fn take_off(&mut self, c: &mut Connected, headers: &[Header], flight: &mut Flight) -> Result<()> {
         let comm = flight.comm.clone();
         self.arrange(&*comm, c, headers, &flight.header, flight.subset.as_deref(), flight.deadline)?;
-        let Ready { work, batches } = c.chosen(flight.subset.is_some());
+        let ready = c.chosen(flight.subset.is_some());
+        let Ready { work, batches, .. } = ready;
         let (wrote, stuck) = (AtomicBool::new(false), AtomicBool::new(false));
         if let Some(batches) = batches {
             let run = Run {
                 device: &self.device,
                 comm: &*comm,
-                places: Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at },
+                places: Places { mems: &self.mems, windows: &c.links.windows, staging: ready.staging() },
                 batches: Some(batches),
                 stream: flight.stream,
                 threads: 1,
@@ -360,7 +361,7 @@ impl Container {
             c.bindings = headers.iter().map(|h| h.binding).collect();
         }
         if subset.is_some() && c.subset.as_ref().is_none_or(|s| s.0 != mine.subset) {
-            c.subset = Some((mine.subset, self.ready(comm, c, subset)?));
+            c.subset = Some((mine.subset, self.ready(comm, c, subset, deadline)?));
         }
         Ok(())
     }
@@ -379,8 +380,9 @@ impl Container {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
         self.arrange(comm, c, headers, mine, subset, deadline)?;
-        let Ready { work, batches } = c.chosen(subset.is_some());
-        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: self.staging_at };
+        let ready = c.chosen(subset.is_some());
+        let Ready { work, batches, .. } = ready;
+        let places = Places { mems: &self.mems, windows: &c.links.windows, staging: ready.staging() };
         let (device, batches, threads) = (&self.device, batches.as_ref(), self.threads);
         let stuck = AtomicBool::new(false);
         let run = Run { device, comm, places, batches, stream, threads, deadline, wrote, stuck: &stuck };
@@ -388,7 +390,7 @@ impl Container {
         let moved = run.run(work, &mut |done| progress(done, total));
         if stuck.load(Ordering::Relaxed) {
             log::warn!("{} does not finish a failed sync: the memory that it uses is left where it is", self.device.name());
-            std::mem::forget((c.ready.batches.take(), c.subset.take(), std::mem::take(&mut c.links.kept)));
+            std::mem::forget((c.ready.batches.take(), c.ready.staging.take(), c.subset.take(), std::mem::take(&mut c.links.kept)));
         }
         moved
     }

@@ -1,8 +1,8 @@
 //! All copies of a plan, made ready for a device that wants that: once a plan and its addresses, used by every sync.
 #![forbid(unsafe_code)]
 
+use super::lost;
 use super::work::{Origin, Parcel, Step, Unit, Work};
-use super::{Staging, lost};
 use crate::comm::Window;
 use crate::device::{Batch, Copies, Device, Job, Mem, OwnStream, Stream};
 use crate::error::Result;
@@ -15,7 +15,7 @@ pub struct Places<'a> {
     pub mems: &'a [Mem],
     /// What each owner lets us read: by place in `Work::owners`, by place in that owner's offer.
     pub windows: &'a [Vec<Window>],
-    /// The caller's memory for staging.
+    /// Staging for the messages of a group, if it needs some.
     pub staging: Option<Mem>,
 }
 
@@ -59,18 +59,12 @@ pub struct Batches {
     pub after: Box<dyn Batch>,
     /// Of each round of `Work::group`: what is packed, what is unpacked.
     pub rounds: Vec<[Box<dyn Batch>; 2]>,
-    own: Arc<Own>,
-}
-
-/// What lists use that never run at the same time.
-struct Own {
-    staging: Staging,
     /// For rounds that are all put on streams: to pack, to send and receive, to unpack.
-    streams: Vec<Box<dyn OwnStream>>,
+    streams: Arc<Vec<Box<dyn OwnStream>>>,
 }
 
 impl Batches {
-    /// `None`: the device takes lists as they are. `other`: lists that never run at the same time, whose staging is used if it suffices.
+    /// `None`: the device takes lists as they are. `other`: lists that never run at the same time, whose streams are used.
     /// `on_streams`: the rounds are put on streams.
     pub fn new(
         device: &Arc<dyn Device>,
@@ -80,22 +74,16 @@ impl Batches {
         on_streams: bool,
     ) -> Result<Option<Batches>> {
         let Copies::Prepared(prepare) = device.copies() else { return Ok(None) };
-        let bytes = work.group.as_ref().map_or(0, |g| g.staging());
-        let streams = if on_streams && work.group.is_some() { 3 } else { 0 };
-        let suffices = |own: &Arc<Own>| own.staging.mem().map_or(0, Mem::len) as u64 >= bytes && own.streams.len() >= streams;
-        let own = match other.map(|o| o.own.clone()).filter(suffices) {
-            Some(own) => own,
-            None => {
-                let streams = (0..streams).map(|_| prepare.stream()).collect::<Result<_>>()?;
-                Arc::new(Own { staging: Staging::new(device.clone(), bytes, places.staging)?, streams })
-            }
+        let count = if on_streams && work.group.is_some() { 3 } else { 0 };
+        let streams = match other.map(|o| o.streams.clone()).filter(|streams| streams.len() >= count) {
+            Some(streams) => streams,
+            None => Arc::new((0..count).map(|_| prepare.stream()).collect::<Result<_>>()?),
         };
-        let staging = &own.staging;
         let mut lists = vec![places.jobs(&work.units)?, places.jobs(&work.after)?];
         if let Some(group) = &work.group {
             for round in 0..group.rounds() {
-                lists.push(group.jobs(places, round, 0, staging.mem())?);
-                lists.push(group.jobs(places, round, 1, staging.mem())?);
+                lists.push(group.jobs(places, round, 0)?);
+                lists.push(group.jobs(places, round, 1)?);
             }
         }
         let mut ready = prepare.prepare(&lists)?.into_iter();
@@ -103,16 +91,11 @@ impl Batches {
         let (units, after) = (next()?, next()?);
         let rounds = work.group.as_ref().map_or(0, |g| g.rounds());
         let rounds = (0..rounds).map(|_| Ok([next()?, next()?])).collect::<Result<_>>()?;
-        Ok(Some(Batches { units, after, rounds, own }))
-    }
-
-    /// The staging that the lists of the rounds use.
-    pub fn staging(&self) -> Option<Mem> {
-        self.own.staging.mem()
+        Ok(Some(Batches { units, after, rounds, streams }))
     }
 
     /// The streams that the rounds are put on.
     pub(super) fn streams(&self) -> Vec<Stream> {
-        self.own.streams.iter().map(|s| s.raw()).collect()
+        self.streams.iter().map(|s| s.raw()).collect()
     }
 }

@@ -9,7 +9,7 @@
 
 use super::batches::{Batches, Places};
 use super::work::{Lane, Parcel};
-use super::{Run, Staging, lost};
+use super::{Run, lost};
 use crate::comm::Group;
 use crate::device::{Device, Event, Job, Mem, Stream, order};
 use crate::error::{Result, err};
@@ -61,27 +61,30 @@ impl Rounds {
         2 * self.half
     }
 
+    /// Rows of the buffers that are sent or received as they are.
+    pub fn direct(&self) -> BTreeSet<u32> {
+        let parcels = self.lanes.iter().flat_map(|l| l.out.iter().chain(&l.into));
+        parcels.filter_map(|p| direct(p, &self.staged).map(|d| d.0)).collect()
+    }
+
+    /// The ranks that messages go to, and those that they come from.
+    pub fn peers(&self) -> [Vec<u32>; 2] {
+        let ranks = |some: fn(&Lane) -> bool| self.lanes.iter().filter(|l| some(l)).map(|l| l.peer).collect();
+        [ranks(|l| !l.out.is_empty()), ranks(|l| !l.into.is_empty())]
+    }
+
     /// Number of rounds.
     pub fn rounds(&self) -> usize {
         self.rounds
     }
 
-    /// Runs all rounds. Ends the communicator before an error frees staging that a group in flight still uses.
+    /// Runs all rounds. An error ends the communicator: no group is in flight then, unless the run is stuck.
     pub fn run(&self, run: &Run<'_>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        // Lists that are ready have theirs; else it is taken for one sync.
-        let own = match run.batches {
-            None => Some(Staging::new(run.device.clone(), self.staging(), run.places.staging)?),
-            Some(_) => None,
-        };
-        let staging = own.as_ref().map_or_else(|| run.batches.and_then(Batches::staging), Staging::mem);
-        let out = self.all(run, staging, done, progress);
+        let out = self.all(run, done, progress);
         if let Err(e) = &out {
             run.comm.abort(e.text());
             if !run.comm.group().is_none_or(|g| g.idle()) {
                 run.stuck.store(true, Ordering::Relaxed);
-            }
-            if run.drain().is_err() {
-                std::mem::forget(own);
             }
         }
         out
@@ -115,7 +118,7 @@ impl Rounds {
             }
             packing.start(pack)?;
             order(device, pack, wire)?;
-            self.start(run, round, batches.staging(), wire)?;
+            self.start(run, round, wire)?;
             self.on_stream(run)?;
             let sent = Mark::new(device, wire)?;
             sent.before(unpack)?;
@@ -128,56 +131,56 @@ impl Rounds {
         Ok(())
     }
 
-    fn all(&self, run: &Run<'_>, staging: Option<Mem>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    fn all(&self, run: &Run<'_>, done: &AtomicU64, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let mut flight = None;
         for round in 0..self.rounds {
-            self.pack(run, round, staging)?;
+            self.pack(run, round)?;
             run.settle()?;
             if let Some(before) = flight.take() {
                 self.wait(run)?;
-                self.start(run, round, staging, run.stream)?;
-                self.unpack(run, before, staging, done)?;
+                self.start(run, round, run.stream)?;
+                self.unpack(run, before, done)?;
             } else {
-                self.start(run, round, staging, run.stream)?;
+                self.start(run, round, run.stream)?;
             }
             flight = Some(round);
             progress(done.load(Ordering::Relaxed));
         }
         if let Some(before) = flight {
             self.wait(run)?;
-            self.unpack(run, before, staging, done)?;
+            self.unpack(run, before, done)?;
         }
         run.settle()
     }
 
-    fn slot(&self, staging: Option<Mem>, round: usize, lane: usize, side: usize, bytes: u64) -> Result<Mem> {
+    fn slot(&self, places: Places<'_>, round: usize, lane: usize, side: usize, bytes: u64) -> Result<Mem> {
         let at = (round % 2) as u64 * self.half + self.slots[lane][side];
-        staging.and_then(|m| m.cut(at as usize, bytes as usize)).ok_or_else(|| lost("staging"))
+        places.staging.and_then(|m| m.cut(at as usize, bytes as usize)).ok_or_else(|| lost("staging"))
     }
 
     /// The memory of a message: its own block of a buffer, or its slot.
-    fn place(&self, run: &Run<'_>, staging: Option<Mem>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<Mem> {
+    fn place(&self, run: &Run<'_>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<Mem> {
         match direct(p, &self.staged) {
             Some((buffer, offset)) => {
                 let block = run.mem(buffer)?.cut(offset[side] as usize, p.bytes as usize);
                 block.ok_or_else(|| lost(format_args!("a block of buffer row {buffer}")))
             }
-            None => self.slot(staging, round, lane, side, p.bytes),
+            None => self.slot(run.places, round, lane, side, p.bytes),
         }
     }
 
     /// What is packed in a round, or unpacked: each message with its slot.
-    fn slots(&self, round: usize, staging: Option<Mem>, side: usize) -> impl Iterator<Item = Result<(&Parcel, Mem)>> {
+    fn slots<'s>(&'s self, places: Places<'s>, round: usize, side: usize) -> impl Iterator<Item = Result<(&'s Parcel, Mem)>> {
         self.lanes.iter().enumerate().filter_map(move |(i, lane)| {
             let p = [&lane.out, &lane.into][side].get(round).filter(|p| direct(p, &self.staged).is_none())?;
-            Some(self.slot(staging, round, i, side, p.bytes).map(|slot| (p, slot)))
+            Some(self.slot(places, round, i, side, p.bytes).map(|slot| (p, slot)))
         })
     }
 
     /// The copies that pack a round (side 0) or unpack it (1).
-    pub(super) fn jobs(&self, places: Places<'_>, round: usize, side: usize, staging: Option<Mem>) -> Result<Vec<Job<'_>>> {
+    pub(super) fn jobs<'s>(&'s self, places: Places<'s>, round: usize, side: usize) -> Result<Vec<Job<'s>>> {
         let mut out = vec![];
-        for slot in self.slots(round, staging, side) {
+        for slot in self.slots(places, round, side) {
             let (parcel, slot) = slot?;
             match side {
                 0 => places.packing(parcel, slot).try_for_each(|job| job.map(|job| out.push(job)))?,
@@ -187,25 +190,25 @@ impl Rounds {
         Ok(out)
     }
 
-    fn pack(&self, run: &Run<'_>, round: usize, staging: Option<Mem>) -> Result<()> {
+    fn pack(&self, run: &Run<'_>, round: usize) -> Result<()> {
         match run.batches {
             Some(batches) => batches.rounds[round][0].start(run.stream),
-            None => self.slots(round, staging, 0).try_for_each(|slot| slot.and_then(|(p, slot)| run.pack(p, slot))),
+            None => self.slots(run.places, round, 0).try_for_each(|slot| slot.and_then(|(p, slot)| run.pack(p, slot))),
         }
     }
 
-    fn start(&self, run: &Run<'_>, round: usize, staging: Option<Mem>, stream: Stream) -> Result<()> {
+    fn start(&self, run: &Run<'_>, round: usize, stream: Stream) -> Result<()> {
         let group = run.comm.group().ok_or_else(|| lost("the communicator's group"))?;
         group.begin()?;
         for (i, lane) in self.lanes.iter().enumerate() {
             if let Some(p) = lane.out.get(round) {
-                group.send(self.place(run, staging, round, i, 0, p)?, lane.peer, stream)?;
+                group.send(self.place(run, round, i, 0, p)?, lane.peer, stream)?;
             }
             if let Some(p) = lane.into.get(round) {
                 if direct(p, &self.staged).is_some() {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
-                group.recv(self.place(run, staging, round, i, 1, p)?, lane.peer, stream)?;
+                group.recv(self.place(run, round, i, 1, p)?, lane.peer, stream)?;
             }
         }
         group.end()
@@ -226,14 +229,14 @@ impl Rounds {
         let mut pause = Duration::from_micros(10);
         while !so(group)? {
             run.comm.check()?;
-            run.deadline.check(|| "the communicator to complete a group of sends and receives".into())?;
+            run.deadline.check(|| group.missing())?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
         }
         Ok(())
     }
 
-    fn unpack(&self, run: &Run<'_>, round: usize, staging: Option<Mem>, done: &AtomicU64) -> Result<()> {
+    fn unpack(&self, run: &Run<'_>, round: usize, done: &AtomicU64) -> Result<()> {
         match run.batches {
             Some(batches) => {
                 if self.lanes.iter().any(|l| l.into.len() > round) {
@@ -241,7 +244,7 @@ impl Rounds {
                 }
                 batches.rounds[round][1].start(run.stream)?;
             }
-            None => self.slots(round, staging, 1).try_for_each(|slot| slot.and_then(|(p, slot)| run.unpack(p, slot)))?,
+            None => self.slots(run.places, round, 1).try_for_each(|slot| slot.and_then(|(p, slot)| run.unpack(p, slot)))?,
         }
         let moved = |list: &[Parcel]| list.get(round).map_or(0, |p| p.bytes);
         done.fetch_add(self.lanes.iter().map(|l| moved(&l.out) + moved(&l.into)).sum(), Ordering::Relaxed);

@@ -352,14 +352,15 @@ impl Drop for Reading<'_> {
 }
 
 /// Staging memory, the caller's or the device's, which is given back when dropped: nothing that uses it may be running then.
-struct Staging {
+pub struct Staging {
     device: Arc<dyn Device>,
     mem: Option<Mem>,
     given: bool,
 }
 
 impl Staging {
-    fn new(device: Arc<dyn Device>, bytes: u64, given: Option<Mem>) -> Result<Staging> {
+    /// `given`: the caller's memory, if it is to be used.
+    pub fn new(device: Arc<dyn Device>, bytes: u64, given: Option<Mem>) -> Result<Staging> {
         let mem = match given {
             _ if bytes == 0 => None,
             None => Some(device.alloc(bytes as usize)?),
@@ -369,7 +370,7 @@ impl Staging {
     }
 
     /// `None`: none is needed.
-    fn mem(&self) -> Option<Mem> {
+    pub fn mem(&self) -> Option<Mem> {
         self.mem
     }
 }

@@ -103,22 +103,27 @@ impl Bytes {
     }
 }
 
-/// How the bytes of a pair travel.
-pub enum Way<'a> {
-    /// By reading where the access allows it, else through lent memory.
-    Windows {
-        /// The communicator's.
-        windows: &'a dyn Windows,
-        /// What readers could make of our offers: `(reader, its offer's buffers, access)`.
-        granted: &'a [(u32, Vec<u32>, Vec<Access>)],
-        /// What we can make of the owners' offers.
-        opened: &'a [(u32, Vec<u32>, Vec<Access>)],
-    },
-    /// In groups of messages of our own.
-    Group {
-        /// Whether a buffer's memory may be sent and received as it is, rather than through staging.
-        direct: &'a dyn Fn(u32) -> bool,
-    },
+/// How the bytes of pairs travel.
+pub struct Ways<'a> {
+    /// By reading where the access allows it, else through lent memory: where the communicator can, with the peers that it covers.
+    pub reads: Option<Reads<'a>>,
+    /// In groups of messages of our own, with all others: whether a buffer's memory may be sent and received as it is, rather than
+    /// through staging.
+    pub direct: &'a dyn Fn(u32) -> bool,
+    /// Longest message of a group.
+    pub message: u64,
+}
+
+/// See [`Ways`].
+pub struct Reads<'a> {
+    /// The communicator's.
+    pub windows: &'a dyn Windows,
+    /// What readers could make of our offers: `(reader, its offer's buffers, access)`.
+    pub granted: &'a [(u32, Vec<u32>, Vec<Access>)],
+    /// What we can make of the owners' offers.
+    pub opened: &'a [(u32, Vec<u32>, Vec<Access>)],
+    /// Longest message through lent memory.
+    pub message: u64,
 }
 
 /// Rows of the owner's buffers that occur in the pieces of a pair, rising: what the owner offers and the reader expects.
@@ -135,13 +140,13 @@ pub fn build(
     local: &Local,
     accept_local: &dyn Fn(u32) -> bool,
     accept: &dyn Fn(u32) -> bool,
-    way: &Way<'_>,
-    message: u64,
+    ways: &Ways<'_>,
 ) -> Work {
     let mut work = Work::default();
-    if let Way::Windows { opened, .. } = way {
-        work.owners = opened.iter().map(|o| o.0).collect();
+    if let Some(reads) = &ways.reads {
+        work.owners = reads.opened.iter().map(|o| o.0).collect();
     }
+    let mut grouped = vec![];
     for p in local.aliased.iter().filter(|p| accept_local(p.tensor)) {
         work.bytes.aliased += p.bytes();
     }
@@ -156,9 +161,10 @@ pub fn build(
         let received: u64 = into.iter().map(|p| p.bytes()).sum();
         work.bytes.received += received;
         let (mut pack, mut unpack) = (vec![], vec![]);
-        match way {
-            Way::Group { .. } => (pack, unpack) = (out, into),
-            Way::Windows { windows, granted, opened } => {
+        let reads = ways.reads.as_ref().filter(|r| r.windows.covers(peer.rank));
+        match reads {
+            None => (pack, unpack) = (out, into),
+            Some(Reads { windows, granted, opened, .. }) => {
                 let reads = |list: &[(u32, Vec<u32>, Vec<Access>)], p: &Piece| {
                     let found = list.binary_search_by_key(&peer.rank, |l| l.0).ok().and_then(|i| {
                         let at = list[i].1.binary_search(&p.src.buffer).ok()?;
@@ -186,16 +192,15 @@ pub fn build(
         }
         work.bytes.packed += pack.iter().map(|p| p.bytes()).sum::<u64>();
         if !pack.is_empty() || !unpack.is_empty() {
-            work.lanes.push(Lane {
+            let (lanes, message) = reads.map_or((&mut grouped, ways.message), |r| (&mut work.lanes, r.message));
+            lanes.push(Lane {
                 peer: peer.rank,
                 out: parcels(pack, message, |p, at| (p.src.buffer, p.pack(at))),
                 into: parcels(unpack, message, |p, at| (p.dst.buffer, p.unpack(at))),
             });
         }
     }
-    if let Way::Group { direct } = way {
-        work.group = Rounds::new(std::mem::take(&mut work.lanes), direct);
-    }
+    work.group = Rounds::new(grouped, ways.direct);
     work
 }
 

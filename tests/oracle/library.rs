@@ -161,6 +161,16 @@ impl Comm {
         Ok(Comm(out))
     }
 
+    /// `address`: where rank 0 listens.
+    pub fn nixl(address: &str, rank: usize, world: usize) -> Result<Comm, Failure> {
+        let library = std::env::var("RESHARD_NIXL").expect("the path of libnixl_capi.so");
+        let config = CString::new(format!(r#"{{"address": "{address}", "library": "{library}"}}"#)).expect("no NUL");
+        let mut out = null_mut();
+        // SAFETY: a NUL-terminated text; `out` is a valid place for a handle.
+        checked(unsafe { rs_comm_nixl(config.as_ptr(), rank as i32, world as i32, &mut out) })?;
+        Ok(Comm(out))
+    }
+
     /// For the GPU that is current.
     pub fn nccl(id: &nccl::Id, rank: usize, world: usize) -> Result<Comm, Failure> {
         let (id, mut out) = (nccl::bytes(id), null_mut());

@@ -44,11 +44,14 @@ pub enum Wire {
     Local(u32),
     /// NCCL's, by whom it is made.
     Nccl(Maker),
+    /// NIXL's: RESHARD_NIXL is the path of its library.
+    Nixl,
 }
 
 impl Wire {
     pub fn any(rng: &mut Rng) -> Wire {
         match rng.u32(0..100) {
+            _ if std::env::var_os("RESHARD_NIXL").is_some() => Wire::Nixl,
             // Moves host memory only.
             0..3 if gpu::wanted() => Wire::Loopback,
             0..3 => Wire::Local(*rng.choice(&[0, RS_LOCAL_READ, RS_LOCAL_RING]).expect("not empty")),
@@ -67,6 +70,8 @@ fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Opti
     let world = memories.len();
     let (number, hub) = (RUNS.fetch_add(1, Ordering::Relaxed), Hub::new(world));
     let id = matches!(wire, Wire::Nccl(_)).then(nccl::id);
+    // Of a port that is free now.
+    let address = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").to_string();
     let comm = |r: usize| match (wire, id) {
         (Wire::Nccl(maker), Some(id)) => gpu::on(memories[r].kind().1, || match maker {
             Maker::Library => (None, Comm::nccl(&id, r, world)),
@@ -80,6 +85,7 @@ fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Opti
         (Wire::Local(flags), _) => {
             (None, Comm::local(&format!("properties {} {number}", std::process::id()), r, world, flags, TIMEOUT_MS))
         }
+        (Wire::Nixl, _) => (None, Comm::nixl(&address, r, world)),
         _ => (None, Comm::loopback(number, r, world)),
     };
     let (lent, comms): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {

@@ -45,6 +45,8 @@ pub struct Mesh {
     listener: Mutex<Option<OwnedFd>>,
     incoming: Mutex<Incoming>,
     failure: OnceLock<Error>,
+    /// What errors call the ranks, if not by their numbers here.
+    names: OnceLock<Vec<u32>>,
     born: Instant,
     /// Microseconds since `born` at which `check` last looked.
     looked: AtomicU64,
@@ -97,6 +99,7 @@ impl Mesh {
                 scratch: vec![0; PACKET],
             }),
             failure: OnceLock::new(),
+            names: OnceLock::new(),
             born: Instant::now(),
             looked: AtomicU64::new(0),
             process: std::process::id(),
@@ -125,10 +128,21 @@ impl Mesh {
 
     /// `rank 3 (process 77)`.
     pub fn who(&self, rank: u32) -> String {
+        let name = self.name_of(rank);
         match self.links.get(rank as usize) {
-            Some(Some(link)) => named(rank, link.socket.peer.pid),
-            _ => format!("rank {rank}"),
+            Some(Some(link)) => named(name, link.socket.peer.pid),
+            _ => format!("rank {name}"),
         }
+    }
+
+    /// See [`crate::comm::Comm::rename`].
+    pub fn rename(&self, ranks: &[u32]) {
+        let _ = self.names.set(ranks.to_vec());
+    }
+
+    /// What errors call a rank.
+    pub fn name_of(&self, rank: u32) -> u32 {
+        self.names.get().and_then(|names| names.get(rank as usize)).copied().unwrap_or(rank)
     }
 
     /// Sends letters and waits until they are on their way and one frame of `kind` has come from each of `from`, in that order.
@@ -214,7 +228,7 @@ impl Mesh {
                         "{} is in {}, rank {} in {}: ranks make their calls in different orders",
                         self.who(rank),
                         frame.kind.text(),
-                        self.rank,
+                        self.name_of(self.rank),
                         kind.text()
                     ),
                     Some(_) => {}
@@ -265,13 +279,13 @@ impl Mesh {
 
     /// Ends it, here and everywhere, for a reason found here. Gives the reason that it ended for, which may be an older one.
     pub fn fail(&self, e: Error) -> Error {
-        let told = err!(e.status(), "rank {} gave up: {e}", self.rank);
+        let told = err!(e.status(), "rank {} gave up: {e}", self.name_of(self.rank));
         self.end(e, &told)
     }
 
     /// Ends it, here and everywhere, because the caller says so. Any thread may.
     pub fn abort(&self, why: &str) {
-        let e = err!(RS_ERR_ABORTED, "rank {} aborted: {why}", self.rank);
+        let e = err!(RS_ERR_ABORTED, "rank {} aborted: {why}", self.name_of(self.rank));
         self.end(e.clone(), &e);
     }
 

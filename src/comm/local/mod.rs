@@ -83,7 +83,8 @@ impl Local {
             let theirs = frames.next().map_or_else(Vec::new, |f| f.bytes);
             if theirs.len() != mine.len() {
                 let who = self.mesh.who(rank);
-                let e = err!(RS_ERR_MISMATCH, "{who} gathers {} bytes, rank {} {}", theirs.len(), self.mesh.rank, mine.len());
+                let me = self.mesh.name_of(self.mesh.rank);
+                let e = err!(RS_ERR_MISMATCH, "{who} gathers {} bytes, rank {me} {}", theirs.len(), mine.len());
                 return Err(self.mesh.fail(e));
             }
             all.extend_from_slice(&theirs);
@@ -144,6 +145,10 @@ impl Comm for Local {
 
     fn gone(&self, rank: u32) -> bool {
         self.mesh.gone(rank)
+    }
+
+    fn rename(&self, ranks: &[u32]) {
+        self.mesh.rename(ranks);
     }
 
     fn later(&self) -> Option<&dyn Later> {

@@ -193,7 +193,7 @@ pub fn exchange(
                 None if b.kind.0 != RS_DEVICE_CPU => b.export.map_or_else(
                     || {
                         if !why.is_empty() {
-                            refused.get_or_insert_with(|| err!(RS_ERR_UNSUPPORTED, "weights of rank {owner}: {why}"));
+                            refused.get_or_insert_with(|| err!(RS_ERR_UNSUPPORTED, "weights of {}: {why}", mesh.who(owner)));
                         }
                         Window::Sent
                     },
@@ -230,7 +230,7 @@ pub fn exchange(
         // As the reader is told.
         let lost = offered.iter().zip(&list).any(|(block, access)| block.kind().0 != RS_DEVICE_CPU && *access == Access::Sent);
         if let Some(why) = offer.refused.as_ref().filter(|_| lost) {
-            refused.get_or_insert_with(|| why.clone().context(format_args!("weights for rank {reader}")));
+            refused.get_or_insert_with(|| why.clone().context(format_args!("weights for {}", mesh.who(*reader))));
         }
         if force == Some(Force::Read) && list.contains(&Access::Sent) {
             refused.get_or_insert_with(|| {
