@@ -172,9 +172,28 @@ class Job:
         self.workers.append(Worker(name, [str(word) for word in command], fds))
         return self.workers[-1]
 
-    def member(self):
-        """Arguments of a rank of the world, but its number."""
-        return ["--comm", self.name, "--world", self.world, *(["--spec", json.dumps(self.spec)] if self.spec else [])]
+    def member(self, rank):
+        """Arguments of a rank of the world."""
+        out = ["--comm", self.name, "--world", self.world, "--comm-rank", rank]
+        if self.spec:
+            out += ["--spec", json.dumps(self.spec)]
+        if self.options.hosts:
+            host = self.host(rank)
+            near = [r for r in range(self.world) if self.host(r) == host]
+            nixl = {"address": self.options.hosts["address"], "run": self.name, "library": self.options.hosts["library"]}
+            out += ["--nixl", json.dumps(nixl), "--near-rank", near.index(rank), "--near-world", len(near)]
+        return out
+
+    def host(self, rank):
+        """Where a rank of the world lives: the first half of the hosts has the trainer's, the second the engine's."""
+        half = len(self.options.hosts["launch"]) // 2
+        if rank < TRAINERS:
+            return rank * half // TRAINERS
+        return half + (rank - TRAINERS) * half // (self.world - TRAINERS)
+
+    def launch(self, rank):
+        """What comes before the command of a rank's process."""
+        return self.options.hosts["launch"][self.host(rank)] if self.options.hosts else []
 
     @contextlib.contextmanager
     def teams(self):
@@ -192,22 +211,25 @@ class Job:
             for fd in fds:
                 os.close(fd)
 
-    def start_engines(self, title, count, arguments):
-        """One process for each of the first `count` engine ranks; further `arguments` of a rank."""
+    def start_engines(self, title, count, arguments, launch=lambda rank: []):
+        """One process for each of the first `count` engine ranks; further `arguments` of a rank, and what comes before its command."""
         program = [os.path.join(self.options.engine, "engine_rank"), "--model", self.options.model]
         with self.teams() as (fds, engine):
-            return [self.start(f"{title} rank {rank}", [*program, *engine(rank), *arguments(rank)], fds) for rank in range(count)]
+            return [
+                self.start(f"{title} rank {rank}", [*launch(rank), *program, *engine(rank), *arguments(rank)], fds)
+                for rank in range(count)
+            ]
 
     def start_trainers(self):
         program = [sys.executable, os.path.join(HERE, "trainer.py"), "--model", self.options.model]
-        program += ["--tp", TP, "--pp", PP, *self.member()]
+        program += ["--tp", TP, "--pp", PP]
         library = ["--engine-library", os.path.join(self.options.engine, "libengine.so")]
         held = self.options.engines if self.options.colocated else 0
         with self.teams() as (fds, engine):
             return [
                 self.start(
                     f"trainer rank {rank}",
-                    [*program, "--comm-rank", rank, *([*engine(rank), *library] if rank < held else [])],
+                    [*self.launch(rank), *program, *self.member(rank), *([*engine(rank), *library] if rank < held else [])],
                     fds,
                 )
                 for rank in range(TRAINERS)
@@ -268,6 +290,8 @@ class Job:
         if self.spec:
             print(textwrap.indent(textwrap.fill(json.dumps(self.spec), 116), "  "))
             self.check_spec()
+        if self.options.hosts:
+            print(f"hosts:   {len(self.options.hosts['launch'])}, the first half for the trainer, the second for the engine")
         print(f"prompt:  {self.options.prompt}", flush=True)
         reference = self.reference()
         self.of_file = file_fingerprint(self.options.model)
@@ -278,7 +302,8 @@ class Job:
         if colocated:
             engines = trainers[:count]
         else:
-            engines = self.start_engines("engine", count, lambda rank: [*self.member(), "--comm-rank", self.first_engine + rank])
+            first = self.first_engine
+            engines = self.start_engines("engine", count, lambda rank: self.member(first + rank), lambda rank: self.launch(first + rank))
         ask(self.workers, "connect")
 
         first = self.version(1, engines, "the trainer's weights")
@@ -327,11 +352,15 @@ def main():
     parser.add_argument("--colocated", action="store_true", help="the first trainer processes hold the engine's ranks too")
     parser.add_argument("--preset", action="store_false", dest="tables", default=False, help="one world spec for all: the default")
     parser.add_argument("--tables", action="store_true", help="each process describes its weights by tables of its own")
+    # {"address": "host:port", "library": path of libnixl_capi.so, "launch": [[word, ..] before a command on each host]}
+    parser.add_argument("--hosts", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--model", required=True, help=argparse.SUPPRESS)  # the folder that convert.py wrote
     parser.add_argument("--engine", required=True, help=argparse.SUPPRESS)  # the folder of engine_rank and libengine.so
     options = parser.parse_args()
     if not 1 <= options.engines <= (TRAINERS if options.colocated else 9):
         parser.error(f"--engines {options.engines}: 1 to 9, or to {TRAINERS} with --colocated")
+    if options.hosts and (options.colocated or options.engines < len(options.hosts["launch"]) // 2):
+        parser.error("over hosts the engine has ranks of its own, one for each of its hosts at least")
     if options.replicas < 1 or options.engines % options.replicas:
         parser.error(f"--replicas {options.replicas}: {options.engines} engine ranks cannot be cut into so many equal engines")
 

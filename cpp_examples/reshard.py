@@ -226,6 +226,26 @@ class LocalComm:
         self._handle = c.c_void_p()
 
 
+class NixlComm:
+    """Processes of any hosts; `config` is what rs_comm_nixl() says."""
+
+    def __init__(self, config, rank, world):
+        self._handle = c.c_void_p()
+        _check(_lib.rs_comm_nixl(json.dumps(config).encode(), rank, world, c.byref(self._handle)))
+
+    close = LocalComm.close
+
+
+class CompositeComm:
+    """The processes of this host through `near`, all others through `wide`."""
+
+    def __init__(self, near, wide):
+        self._handle = c.c_void_p()
+        _check(_lib.rs_comm_composite(near._handle, wide._handle, c.byref(self._handle)))
+
+    close = LocalComm.close
+
+
 class Container:
     """This rank's weights, a Layout or a Preset, and its part in every sync."""
 
@@ -239,6 +259,10 @@ class Container:
 
     def connect(self):
         _check(_lib.rs_container_connect(self._handle))
+
+    def set_comm(self, comm):
+        """Another communicator, after the former failed; connect() comes next."""
+        _check(_lib.rs_container_set_comm(self._handle, comm._handle))
 
     def sync(self, version, progress=lambda done, total: None, only=(), verify=False):
         """Takes part in moving version `version`, or only those tensors of it; what rs_container_describe() says about it. `verify`: what

@@ -79,11 +79,22 @@ class Worker:
                 options.engine_rank, options.engine_ranks, options.padding_rows, options.team_fd,
             )  # fmt: skip
         weights = self.by_spec(options.spec, options.comm_rank) if options.spec else self.by_tables()
-        comm = reshard.LocalComm(options.comm, options.comm_rank, options.world)
+        comm = self.join(options)
         self.container = reshard.Container(weights, comm, "trainer")
         comm.close()  # the container holds a reference of its own
         self.before_change = {}
         self._said = 0.0
+
+    @staticmethod
+    def join(options):
+        if not options.nixl:
+            return reshard.LocalComm(options.comm, options.comm_rank, options.world)
+        near = reshard.LocalComm(options.comm, options.near_rank, options.near_world)
+        wide = reshard.NixlComm(options.nixl, options.comm_rank, options.world)
+        comm = reshard.CompositeComm(near, wide)
+        near.close()  # it holds references of its own
+        wide.close()
+        return comm
 
     def by_spec(self, spec, rank):
         """The spec says what each parameter holds: names and memory are enough."""
@@ -135,6 +146,9 @@ def main():
     parser.add_argument("--comm", required=True, help="name of the run")
     parser.add_argument("--world", type=int, required=True, help="ranks of trainer and engine")
     parser.add_argument("--comm-rank", type=int, required=True, help="this rank; the trainer's come first")
+    parser.add_argument("--nixl", type=json.loads, help="how it reaches ranks of other hosts, for rs_comm_nixl(); without it there are none")
+    parser.add_argument("--near-rank", type=int, help="this rank among those of this host")
+    parser.add_argument("--near-world", type=int)
     parser.add_argument("--spec", type=json.loads, help="the world spec, JSON; without it tables say what the weights are")
     parser.add_argument("--tp", type=int, required=True, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, required=True, help="pipeline-parallel size")

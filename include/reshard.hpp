@@ -131,6 +131,20 @@ class Comm : public detail::Handle<rs_comm_t, rs_comm_destroy> {
         return Comm(out);
     }
 
+    /** rs_comm_nixl(). Collective. */
+    static Comm nixl(const char *config_json, int32_t rank, int32_t world) {
+        rs_comm_t *out = nullptr;
+        check(rs_comm_nixl(config_json, rank, world, &out));
+        return Comm(out);
+    }
+
+    /** rs_comm_composite(). Collective. */
+    static Comm composite(const Comm &near, const Comm &wide) {
+        rs_comm_t *out = nullptr;
+        check(rs_comm_composite(near.get(), wide.get(), &out));
+        return Comm(out);
+    }
+
     /** rs_comm_custom(). */
     static Comm custom(const rs_comm_ops_t &ops) {
         rs_comm_t *out = nullptr;

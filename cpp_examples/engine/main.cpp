@@ -72,9 +72,18 @@ reshard::Preset make_preset(const std::string &spec, int rank, const rs_layout_t
   return preset;
 }
 
+// The processes of this host; with --nixl those of other hosts too, and then --near-rank and --near-world say who is here.
+reshard::Comm make_comm(const Options &options) {
+  const std::string &name = options.text("--comm");
+  const int rank = options.number("--comm-rank"), world = options.number("--world");
+  if (!options.has("--nixl")) return reshard::Comm::local(name.c_str(), rank, world);
+  const auto near = reshard::Comm::local(name.c_str(), options.number("--near-rank"), options.number("--near-world"));
+  return reshard::Comm::composite(near, reshard::Comm::nixl(options.text("--nixl").c_str(), rank, world));
+}
+
 reshard::Container make_container(const Options &options, const rs_layout_t *layout) {
   const int rank = options.number("--comm-rank");
-  const auto comm = reshard::Comm::local(options.text("--comm").c_str(), rank, options.number("--world"));
+  const auto comm = make_comm(options);
   rs_config_t config = reshard::config(comm);
   config.name = "engine";
   if (options.has("--spec")) return reshard::Container(config, make_preset(options.text("--spec"), rank, layout));

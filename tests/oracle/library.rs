@@ -161,6 +161,14 @@ impl Comm {
         Ok(Comm(out))
     }
 
+    /// Of two, which it keeps.
+    pub fn composite(near: &Comm, wide: &Comm) -> Result<Comm, Failure> {
+        let mut out = null_mut();
+        // SAFETY: live handles; `out` is a valid place for a handle.
+        checked(unsafe { rs_comm_composite(near.0, wide.0, &mut out) })?;
+        Ok(Comm(out))
+    }
+
     /// `address`: where rank 0 listens.
     pub fn nixl(address: &str, rank: usize, world: usize) -> Result<Comm, Failure> {
         let library = std::env::var("RESHARD_NIXL").expect("the path of libnixl_capi.so");

@@ -12,6 +12,13 @@ pub fn message_bytes(container: &Container) -> u64 {
     number(&container.plan(None).expect("connected"), "message_bytes")
 }
 
+/// What a rank's plan says that it receives from some ranks.
+pub fn received(container: &Container, from: impl Fn(usize) -> bool) -> u64 {
+    let plan = container.plan(None).expect("connected");
+    let wanted = |p: &&Value| from(number(p, "rank") as usize);
+    list(&plan, "peers").iter().filter(wanted).map(|p| number(p, "received")).sum()
+}
+
 fn number(json: &Value, key: &str) -> u64 {
     json[key].as_u64().unwrap_or_else(|| panic!("no number {key} in {json}"))
 }

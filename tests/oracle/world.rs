@@ -46,6 +46,8 @@ pub enum Wire {
     Nccl(Maker),
     /// NIXL's: RESHARD_NIXL is the path of its library.
     Nixl,
+    /// The test's own between hosts, and on each host the one for its processes, or for its threads.
+    Composite { processes: bool },
 }
 
 impl Wire {
@@ -58,14 +60,16 @@ impl Wire {
             3..20 if nccl::usable() => Wire::Nccl(Maker::Library),
             20..26 if nccl::usable() => Wire::Nccl(Maker::Test { blocks: true }),
             26..32 if nccl::usable() => Wire::Nccl(Maker::Test { blocks: false }),
-            3..50 => Wire::Loopback,
+            3..40 => Wire::Loopback,
+            // A GPU's memory is not sent through that of processes.
+            40..55 => Wire::Composite { processes: !gpu::wanted() && rng.bool() },
             _ => Wire::Custom,
         }
     }
 }
 
-/// A communicator for each rank, whose weights lie in this memory.
-fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Option<Arc<Hub>>) {
+/// A communicator for each rank of a case, whose weights lie in this memory.
+fn communicators(case: &Case, memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Option<Arc<Hub>>) {
     static RUNS: AtomicU64 = AtomicU64::new(1);
     let world = memories.len();
     let (number, hub) = (RUNS.fetch_add(1, Ordering::Relaxed), Hub::new(world));
@@ -82,6 +86,16 @@ fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Opti
             }
         }),
         (Wire::Custom, _) => (None, Comm::custom(&hub.ops(r))),
+        (Wire::Composite { processes }, _) => {
+            let host = case.ranks[r].host;
+            let of_host = |ranks: std::ops::Range<usize>| ranks.filter(|&o| case.ranks[o].host == host).count();
+            let (rank, ranks) = (of_host(0..r), of_host(0..world));
+            let near = match processes {
+                true => Comm::local(&format!("{} {number} {host}", std::process::id()), rank, ranks, 0, TIMEOUT_MS),
+                false => Comm::loopback(number | (host + 1) << 32, rank, ranks),
+            };
+            (None, near.and_then(|near| Comm::composite(&near, &Comm::custom(&hub.ops(r))?)))
+        }
         (Wire::Local(flags), _) => {
             (None, Comm::local(&format!("properties {} {number}", std::process::id()), r, world, flags, TIMEOUT_MS))
         }
@@ -94,13 +108,14 @@ fn communicators(memories: &[Memory], wire: Wire) -> (Vec<Lent>, Vec<Comm>, Opti
         threads.into_iter().map(|t| t.join().expect("no panic")).unzip()
     });
     let comms = comms.into_iter().enumerate().map(|(r, end)| end.unwrap_or_else(|e| panic!("rank {r}: {wire:?}: {e}")));
-    (lent.into_iter().flatten().collect(), comms.collect(), (wire == Wire::Custom).then_some(hub))
+    let watched = matches!(wire, Wire::Custom | Wire::Composite { .. });
+    (lent.into_iter().flatten().collect(), comms.collect(), watched.then_some(hub))
 }
 
 /// Makes the containers of all ranks. Ranks whose tables are refused give a failure.
 pub fn open<'a>(case: &'a Case, rng: &mut Rng, wire: Wire) -> Result<World<'a>, Vec<(usize, Failure, Unmoved)>> {
     let mut memories: Vec<Memory> = case.ranks.iter().map(|r| Memory::new(gpu::kind(rng), &r.blocks, rng.u64(..))).collect();
-    let (lent, comms, hub) = communicators(&memories, wire);
+    let (lent, comms, hub) = communicators(case, &memories, wire);
     let (mut containers, mut refused) = (Vec::new(), Vec::new());
     for (r, (rank, memory)) in case.ranks.iter().zip(&mut memories).enumerate() {
         let before = memory.bytes();
@@ -226,9 +241,17 @@ impl<'a> World<'a> {
         if !tally.faults.is_empty() {
             return Err(format!("misuse of the caller's communicator: {}", tally.faults.join("; ")));
         }
+        let mixed = matches!(self.wire, Wire::Composite { .. });
+        let near = |a: usize, b: usize| mixed && self.case.ranks[a].host == self.case.ranks[b].host;
+        if let Some((from, to)) = tally.bytes.keys().find(|(from, to)| near(*from, *to)) {
+            return Err(format!("ranks {from} and {to} of one host exchange bytes between hosts"));
+        }
         for r in 0..self.case.ranks.len() {
             let came: u64 = tally.bytes.iter().filter(|((_, to), _)| *to == r).map(|(_, bytes)| bytes).sum();
-            let least = lower_bound(self.case, r, only);
+            if mixed && only.contains(&false) {
+                continue;
+            }
+            let least = lower_bound(self.case, r, only) - plans::received(&self.containers[r], |p| near(r, p));
             if came != least {
                 return Err(format!("rank {r} received {came} bytes; it lacks {least}"));
             }
@@ -316,7 +339,7 @@ impl<'a> World<'a> {
     /// New communicators for containers whose old ones failed, and a new connect.
     pub fn renew(&mut self) -> Result<(), String> {
         self.lent.iter_mut().for_each(Lent::abort);
-        let (lent, comms, hub) = communicators(&self.memories, self.wire);
+        let (lent, comms, hub) = communicators(self.case, &self.memories, self.wire);
         self.all_ok("set_comm", |r, c| c.set_comm(&comms[r]))?;
         (self.comms, self.lent, self.hub) = (comms, lent, hub);
         self.all_ok("connect after a failure", |_, c| c.connect())

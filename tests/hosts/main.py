@@ -1,0 +1,136 @@
+"""What is true of several hosts: see tests/hosts.sh. Arguments: libnixl_capi.so, the model's folder, the engine's."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from net import Net
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+EXAMPLES = os.path.join(HERE, "..", "..", "cpp_examples")
+LIBRARY, MODEL, ENGINE = (os.path.abspath(path) for path in sys.argv[1:])
+MB = 1 << 20
+TIMEOUT_MS = 4000
+# All of it over the links: no shared memory between hosts that are really one, and no InfiniBand, whose module of NIXL 1.5.1's wheel
+# crashes at a process's end where there is none.
+os.environ |= {"UCX_TLS": "tcp", "UCX_MODULES": "^ib", "UCX_NET_DEVICES": "eth0", "PYTHONPATH": EXAMPLES, "NIXL_LOG_LEVEL": "FATAL"}
+
+
+def expect(condition, otherwise):
+    if not condition:
+        sys.exit(f"hosts: {otherwise}")
+
+
+def since(before, after):
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after)]
+
+
+def the_model():
+    """The job of the README: trainer on two hosts, engine on two others."""
+    with Net(4) as net:
+        before = net.bytes()
+        hosts = {"address": f"{net.address(0)}:4711", "library": LIBRARY, "launch": [net.on(host) for host in range(4)]}
+        command = [sys.executable, os.path.join(EXAMPLES, "job.py"), "--model", MODEL, "--engine", ENGINE]
+        text = subprocess.run([*command, "--tokens", "24", "--hosts", json.dumps(hosts)], stdout=subprocess.PIPE, text=True)
+        print(text.stdout)
+        expect(text.returncode == 0, "the job failed")
+        table = [line.split() for line in text.stdout.splitlines()[-3:]]
+        moved = sum(float(row[1]) for row in table) * 1e6
+        wire = since(before, net.bytes())
+        trainer, engine = sum(rx for rx, _ in wire[:2]), sum(rx for rx, _ in wire[2:])
+        print(f"over the links: {engine / 1e6:.1f} MB into the engine's hosts, for {moved / 1e6:.1f} MB of weights")
+        expect(moved < engine < 1.1 * moved, "the weights did not cross the links once")
+        expect(trainer < 0.1 * moved, f"{trainer} bytes came into the trainer's hosts")
+
+
+class Ranks:
+    """Eight processes, two on each host."""
+
+    def __init__(self, net):
+        self.net, self.runs = net, 0
+        program = [sys.executable, os.path.join(HERE, "rank.py")]
+        env = os.environ | {"TIMEOUT_MS": str(TIMEOUT_MS)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+        self.all = [subprocess.Popen([*net.on(rank // 2), *program, str(rank), LIBRARY], **pipes) for rank in range(8)]
+
+    def tell(self, line):
+        for process in self.all:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+
+    def hear(self):
+        answers = []
+        for rank, process in enumerate(self.all):
+            line = process.stdout.readline()
+            expect(line, f"rank {rank} ended")
+            answers.append(json.loads(line))
+        for rank, answer in enumerate(answers):
+            expect("failed" not in answer, f"rank {rank}: {answer}")
+        return answers
+
+    def ask(self, line):
+        self.tell(line)
+        return self.hear()
+
+    def join(self):
+        self.runs += 1
+        self.ask(f"join {self.net.address(0)}:{4800 + self.runs} hosts-{os.getpid()}-{self.runs}")
+
+    def end(self):
+        for rank, process in enumerate(self.all):
+            process.stdin.close()
+            expect(process.wait(20) == 0, f"rank {rank} ended with {process.returncode}")
+
+
+def slow_links():
+    """Sources that hold the same share the work: two hosts with slow links take half the time of one."""
+    mbit = 200
+    with Net(4) as net:
+        ranks = Ranks(net)
+        ranks.join()
+        ranks.ask("sync 1")
+        for host in range(2):
+            net.limit(host, mbit)
+        before = net.bytes()
+        answers = ranks.ask("sync 2")
+        wire = since(before, net.bytes())
+        ranks.end()
+    seconds = max(answer["seconds"] for answer in answers)
+    weights = sum(answer["received"] for answer in answers)
+    sent = [tx for _, tx in wire[:2]]
+    least = weights / 2 / (mbit * 1e6 / 8)
+    print(f"links of {mbit} Mbit/s: {weights / MB:.0f} MiB in {seconds:.2f} s, at least {least:.2f}; hosts sent {sent[0] / MB:.1f} and {sent[1] / MB:.1f} MiB")
+    expect(weights == 8 * 2048 * 2048 * 2, f"{weights} bytes are not those of the tensors")
+    expect(max(sent) < 1.05 * min(sent), "the two hosts did not send alike")
+    expect(max(rx for rx, _ in wire[2:]) < 0.55 * 1.05 * weights, "a host received what the other one needs")
+    expect(seconds < 1.6 * least, "it took as long as from one host")
+
+
+def a_lost_link():
+    """A host whose cable is pulled: the others say so within the deadline, and go on with it once it is back."""
+    with Net(4) as net:
+        ranks = Ranks(net)
+        ranks.join()
+        ranks.tell("loop")
+        time.sleep(2)
+        net.link(3, "down")
+        struck = time.monotonic()
+        answers = ranks.hear()
+        for rank, answer in enumerate(answers):
+            late = answer["at"] - struck
+            print(f"  rank {rank} after {late:.1f} s: {answer['error']}")
+            expect(late < TIMEOUT_MS / 1000 + 3, f"rank {rank} took {late:.1f} s")
+            named = any(f"rank {lost}" in answer["error"] for lost in ((6, 7) if rank < 6 else range(6)))
+            expect(named, f"rank {rank} does not name who is unreachable")
+        net.link(3, "up")
+        ranks.join()
+        ranks.ask("sync 1000000")
+        ranks.end()
+
+
+for test in [the_model, slow_links, a_lost_link]:
+    print(f"--- {test.__doc__.strip().splitlines()[0]}", flush=True)
+    test()
+print("several hosts: all is well")
