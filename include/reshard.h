@@ -1071,6 +1071,43 @@ rs_status_t rs_comm_from_nccl(void *nccl_comm, rs_comm_t **out);
 rs_status_t rs_comm_nccl_init(const void *unique_id, size_t id_len, int32_t rank, int32_t world, rs_comm_t **out);
 
 /**
+ * A communicator of ranks on any hosts, over NVIDIA's NIXL: host memory, and that of CUDA's GPUs, by whatever its plugin UCX finds between
+ * two ranks (InfiniBand, RoCE, TCP, shared memory).
+ *
+ * - config_json: an object. "address", required: "host:port" where rank 0 listens, equal on all ranks; all ranks reach it, and each other.
+ *   "run": a name that is equal on all ranks, so that runs which have the same address by mistake are told apart. "timeout_ms": how long
+ *   the ranks wait for each other, 60,000 if not given. "library": path of libnixl_capi.so, of NIXL 1.5; the dynamic loader looks for it
+ *   if not given. "backend": NIXL's plugin, "UCX" if not given. "params": an object of that plugin's parameters, as texts. UCX itself is
+ *   configured by the environment (UCX_TLS, UCX_NET_DEVICES).
+ * - rank, world: this rank, from 0, and the number of ranks.
+ * - out: the new communicator, the caller's to destroy.
+ *
+ * A rank's memory is written by that rank alone: what it needs from others it reads there. Weights that messages are read from or into as
+ * they are, and staging, are registered with NIXL while containers are connected, until they are rebound or destroyed: registered memory of
+ * a GPU or of an InfiniBand card's is pinned. NIXL runs threads of its own, about two for each communicator, as long as it lives. Who reaches
+ * the address can join the run: it belongs to a network that is trusted, as NCCL's does.
+ *
+ * Collective: waits until all ranks are there. Errors: RS_ERR_INVALID (config_json; a rank that is there already), RS_ERR_UNSUPPORTED (no
+ * NIXL, another release, no such backend), RS_ERR_MISMATCH (ranks with another world or run), RS_ERR_TIMEOUT (naming the missing ranks),
+ * RS_ERR_COMM, RS_ERR_PEER.
+ */
+rs_status_t rs_comm_nixl(const char *config_json, int32_t rank, int32_t world, rs_comm_t **out);
+
+/**
+ * One communicator of two, chosen by peer: bytes for ranks of the same host never touch the network.
+ *
+ * - near: of the ranks of this host, from rs_comm_local(), its ranks counted in the order of those of wide.
+ * - wide: of all ranks, from rs_comm_nixl(), rs_comm_from_nccl(), rs_comm_nccl_init() or rs_comm_custom().
+ * - out: the new communicator, with wide's ranks, the caller's to destroy. It holds references to both, and ends both when it fails: nobody
+ *   else uses them meanwhile.
+ *
+ * Gathers go over wide. On GPUs each sync waits for its stream and is done when it returns. Collective over both, within a minute. Errors:
+ * RS_ERR_INVALID (a near rank that wide does not have, or in another order), RS_ERR_UNSUPPORTED (communicators of other kinds),
+ * RS_ERR_TIMEOUT, RS_ERR_PEER, RS_ERR_COMM.
+ */
+rs_status_t rs_comm_composite(const rs_comm_t *near, const rs_comm_t *wide, rs_comm_t **out);
+
+/**
  * The caller's own communicator, for ranks that nothing built in connects.
  *
  * - ops: its functions, copied. On success ops->ctx is the library's until it calls ops->release; after an error it is the caller's

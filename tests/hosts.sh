@@ -14,7 +14,7 @@ if ! command -v ip >/dev/null || ! command -v tc >/dev/null; then
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends iproute2
 fi
 # Builds everything, and runs the job on one host first.
-cpp_examples/run.sh --tokens 8
+cpp_examples/run.sh --tokens 24
 library=$(tests/nixl.sh --library)
 "${sudo[@]}" env RESHARD_LIBRARY="$PWD/build/prefix/lib/libreshard.so" PYTHONDONTWRITEBYTECODE=1 \
     build/venv/bin/python tests/hosts/main.py "$library" build/model build/engine

@@ -59,6 +59,10 @@ fn null_everywhere() {
         invalid(rs_comm_custom(null(), &mut comm), "ops");
         invalid(rs_comm_custom(&ops, null_mut()), "out");
         invalid(rs_comm_custom(&rs_comm_ops_t { world_size: 1, ..sized() }, &mut comm), "rs_comm_ops_t.allgather");
+        invalid(rs_comm_nixl(null(), 0, 1, &mut comm), "config_json");
+        invalid(rs_comm_nixl(c"{}".as_ptr(), 0, 1, null_mut()), "out");
+        invalid(rs_comm_composite(null(), null(), null_mut()), "out");
+        invalid(rs_comm_composite(null(), null(), &mut comm), "near");
         invalid(rs_mem_alloc(64, 0, null_mut()), "out");
         rs_container_destroy(null_mut());
         rs_comm_destroy(null_mut());

@@ -1,5 +1,6 @@
 //! The C boundary, called as C calls it: what is refused and with which words, what a refusal leaves, who may be inside at once.
 
+mod comms;
 mod create;
 mod handles;
 mod hub;

@@ -20,7 +20,7 @@ def value(tensor, version):
     """Every element tells its place: no two rows and no two columns within 16 bits of each other are alike."""
     row = np.arange(ROWS, dtype=np.uint32)[:, None]
     col = np.arange(COLS, dtype=np.uint32)[None, :]
-    return ((row * 31 + col * 7 + tensor * 1009 + version * 40503) & 0xFFFF).astype(np.uint16)
+    return ((row * 31 + col * 7 + tensor * 1009 + version * 40503 % 0x10000) & 0xFFFF).astype(np.uint16)
 
 
 class Rank:

@@ -77,6 +77,11 @@ impl Frame {
         Frame { kind, rank, number: 0, body: body.into() }
     }
 
+    /// What a [`Kind::Late`] frame says.
+    pub fn milliseconds(&self) -> u64 {
+        self.body.first_chunk().map_or(0, |ms| u64::from_le_bytes(*ms))
+    }
+
     /// Its bytes on the wire.
     pub fn encode(&self) -> Arc<[u8]> {
         let halves = [self.kind as u32, self.rank].map(u32::to_le_bytes).concat();

@@ -47,6 +47,18 @@ pub struct Config {
     library: Option<String>,
 }
 
+impl Config {
+    fn of(text: &str) -> Result<Config> {
+        let mut json = serde_json::Deserializer::from_str(text);
+        let config = serde_path_to_error::deserialize(&mut json).map_err(|e| match e.path().to_string().as_str() {
+            "." => err!(RS_ERR_INVALID, "config_json: {}", e.inner()),
+            path => err!(RS_ERR_INVALID, "config_json: {path}: {}", e.inner()),
+        })?;
+        json.end().map_err(|e| err!(RS_ERR_INVALID, "config_json: {e}"))?;
+        Ok(config)
+    }
+}
+
 fn ucx() -> String {
     "UCX".into()
 }
@@ -159,7 +171,7 @@ impl Drop for Registered {
 /// Joins a run as `rank` of `world`: collective. Returns when all have joined, or after the timeout with an error that names those who
 /// have not.
 pub fn join(config: &str, rank: u32, world: u32, timeout: Duration) -> Result<Arc<dyn Comm>> {
-    let config: Config = serde_json::from_str(config).map_err(|e| err!(RS_ERR_INVALID, "config_json: {e}"))?;
+    let config = Config::of(config)?;
     let nixl = api::nixl(config.library.as_deref())?;
     let timeout = config.timeout_ms.filter(|&ms| ms > 0).map_or(timeout, |ms| Duration::from_millis(ms.into()));
     let deadline = Deadline::after(timeout);
@@ -209,15 +221,32 @@ impl Shared {
     /// Why a transfer with a rank failed: that the rank is gone, if it is.
     fn lost(&self, state: &mut State, rank: u32, e: Error) -> Error {
         let end = Deadline::after(REASON);
-        while !end.passed() && self.tree.check().is_ok() {
+        while !end.passed() && self.check(state).is_ok() {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.fail(state, err!(RS_ERR_PEER, "a transfer with {} failed: {e}", self.tree.who(rank)))
     }
 
+    fn check(&self, state: &State) -> Result<()> {
+        self.tree.check(&|| self.missing(state))
+    }
+
+    /// What messages are waited for.
+    fn missing(&self, state: &State) -> String {
+        let ranks = |so: fn(&Peer) -> bool| -> Vec<String> {
+            let found = (0..self.tree.world).zip(&state.peers).filter(|(_, p)| so(p));
+            found.take(16).map(|(rank, _)| self.tree.who(rank)).collect()
+        };
+        match (ranks(|p| !p.waiting.is_empty() && p.ready.is_empty()), ranks(|p| !p.idle())) {
+            (silent, _) if !silent.is_empty() => format!("{} to send a message", silent.join(", ")),
+            (_, busy) if !busy.is_empty() => format!("messages to or from {}", busy.join(", ")),
+            _ => "its own copies".into(),
+        }
+    }
+
     /// What has come, and what may go now.
     fn pump(&self, state: &mut State) -> Result<()> {
-        self.tree.check()?;
+        self.check(state)?;
         for (from, note) in state.agent()?.notes()? {
             let known = from.strip_prefix(&run(self.token)).and_then(|rank| rank.parse::<u32>().ok());
             let Some(rank) = known.filter(|&r| r < self.tree.world) else {
@@ -321,7 +350,7 @@ impl Shared {
 
     /// Tells the receivers of a group where its messages lie.
     fn start(&self, state: &mut State) -> Result<()> {
-        self.tree.check()?;
+        self.check(state)?;
         for (rank, block) in std::mem::take(&mut state.recvs) {
             let peer = &mut state.peers[rank as usize];
             peer.waiting.push_back((peer.asked, block));
@@ -401,7 +430,7 @@ impl Comm for NixlComm {
     }
 
     fn check(&self) -> Result<()> {
-        self.0.tree.check()
+        self.0.check(&self.0.state())
     }
 
     fn group(&self) -> Option<&dyn Group> {
@@ -444,16 +473,7 @@ impl Group for NixlComm {
     }
 
     fn missing(&self) -> String {
-        let state = self.0.state();
-        let ranks = |so: fn(&Peer) -> bool| -> Vec<String> {
-            let found = (0..self.0.tree.world).zip(&state.peers).filter(|(_, p)| so(p));
-            found.take(16).map(|(rank, _)| self.0.tree.who(rank)).collect()
-        };
-        let silent = ranks(|p| p.waiting.front().is_some() && p.ready.is_empty());
-        if !silent.is_empty() {
-            return format!("{} to send a message", silent.join(", "));
-        }
-        format!("messages to or from {}", ranks(|p| !p.idle()).join(", "))
+        self.0.missing(&self.0.state())
     }
 }
 

@@ -26,6 +26,8 @@ const LOOK: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_millis(50);
 /// So long beyond its deadline a rank waits to hear whom rank 0 waits for.
 pub const GRACE: Duration = Duration::from_secs(1);
+/// So much longer for each rank above its parent: of a line of ranks that hear nothing the first one knows behind whom.
+const STEP: Duration = Duration::from_millis(200);
 /// Most characters of a failure that are told to others.
 const TEXT: usize = 4000;
 /// Frames of a neighbour that wait to be asked for, beyond those of a gather.
@@ -89,6 +91,8 @@ pub struct Tree {
     pub rank: u32,
     pub world: u32,
     fan: u32,
+    /// Ranks above this one.
+    depth: u32,
     /// The parent first, if there is one, then the children in rank order.
     links: Vec<Link>,
     incoming: Mutex<Incoming>,
@@ -135,6 +139,7 @@ impl Tree {
             rank,
             world,
             fan,
+            depth: std::iter::successors(Some(rank), |&r| (r > 0).then(|| parent(r, fan))).count() as u32 - 1,
             links,
             incoming: Mutex::new(Incoming { boxes, gone, number: 1 }),
             failure: OnceLock::new(),
@@ -198,7 +203,7 @@ impl Tree {
                         let ms = deadline.whole().as_millis() as u64;
                         let body = ms.to_le_bytes().as_slice().into();
                         self.links[0].push(Frame { kind: Kind::Late, rank: self.rank, number, body }.encode());
-                        late = Some(Deadline::after(GRACE));
+                        late = Some(Deadline::after(GRACE + STEP * self.depth));
                     }
                     _ => deadline.check(|| self.missing(&gather, &unsent))?,
                 }
@@ -234,8 +239,8 @@ impl Tree {
             Kind::Late if !above && frame.number < gather.number => {}
             Kind::Late if !above && self.rank > 0 => self.links[0].push(frame.encode()),
             Kind::Late if !above => {
-                let ms = frame.body.first_chunk().map_or(0, |ms| u64::from_le_bytes(*ms));
-                bail!(RS_ERR_TIMEOUT, "{} waited {ms} ms for {}", self.who(frame.rank), self.missing(gather, &[]));
+                let (rank, ms) = (self.who(frame.rank), frame.milliseconds());
+                bail!(RS_ERR_TIMEOUT, "{rank} waited {ms} ms for {}", self.missing(gather, &[]));
             }
             _ => return Err(strange()),
         }
@@ -314,8 +319,9 @@ impl Tree {
         at.map_or_else(|| format!("rank {rank}"), |at| format!("rank {rank} ({at})"))
     }
 
-    /// See [`crate::comm::Comm::check`]. Looks at the connections at most once a millisecond.
-    pub fn check(&self) -> Result<()> {
+    /// See [`crate::comm::Comm::check`]. Looks at the connections at most once a millisecond. `doing` completes "which waits for ..." where
+    /// another rank's deadline has passed in a gather that this one has not come to.
+    pub fn check(&self, doing: &dyn Fn() -> String) -> Result<()> {
         self.failed()?;
         let now = self.born.elapsed().as_micros() as u64;
         let last = self.looked.load(Ordering::Relaxed);
@@ -326,11 +332,33 @@ impl Tree {
         }
         // A thread that gathers looks for us.
         let Ok(mut incoming) = self.incoming.try_lock() else { return Ok(()) };
-        self.look(&mut incoming, &[], Duration::ZERO).map_err(|e| self.fail(e))?;
+        let looked = self.look(&mut incoming, &[], Duration::ZERO).and_then(|()| self.late(&mut incoming, doing));
+        looked.map_err(|e| self.fail(e))?;
         match incoming.gone.iter().flatten().next() {
             Some(gone) => Err(self.fail(gone.clone())),
             None => self.failed(),
         }
+    }
+
+    /// Passes on that others wait in a gather for this rank; on rank 0 that is an error.
+    fn late(&self, incoming: &mut Incoming, doing: &dyn Fn() -> String) -> Result<()> {
+        let (next, children) = (incoming.number, usize::from(self.rank > 0));
+        for inbox in &mut incoming.boxes[children..] {
+            let Some(at) = inbox.frames.iter().position(|f| f.kind == Kind::Late && f.number == next) else { continue };
+            let Some(frame) = inbox.frames.remove(at) else { continue };
+            if self.rank > 0 {
+                self.links[0].push(frame.encode());
+                continue;
+            }
+            bail!(
+                RS_ERR_TIMEOUT,
+                "{} waited {} ms for rank 0, which waits for {}",
+                self.who(frame.rank),
+                frame.milliseconds(),
+                doing()
+            );
+        }
+        Ok(())
     }
 
     /// The error that ended it.
