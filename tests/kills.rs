@@ -18,7 +18,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::mem::zeroed;
 use std::net::TcpListener;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -213,6 +213,18 @@ impl Rank {
         }
     }
 
+    /// How often this rank has planned.
+    fn plans(&self) -> u64 {
+        let (mut text, mut len) = (vec![0u8; 1 << 16], 0);
+        // SAFETY: a live handle, and room for so many bytes.
+        let status = unsafe {
+            rs_container_describe(self.container, RS_DESCRIBE_STATS, null(), text.as_mut_ptr().cast(), text.len(), &mut len)
+        };
+        assert_eq!(status, RS_OK, "{}", last_error());
+        let stats: serde_json::Value = serde_json::from_slice(&text[..len - 1]).expect("JSON");
+        stats["plans"].as_u64().expect("a number")
+    }
+
     fn sum(&self) -> u64 {
         (0..TENSORS).fold(0, |sum, t| sum ^ xxhash_rust::xxh3::xxh3_64_with_seed(&self.bytes(t), t as u64))
     }
@@ -283,7 +295,7 @@ fn child() {
     let heal = || {
         assert_eq!(me.sync(HEALING), RS_OK, "{}", last_error());
         assert!(me.is_source() || (0..TENSORS).all(|t| me.whole(t, HEALING)));
-        say(&format!("healed {}", me.check_params()));
+        say(&format!("healed {} plans {}", me.check_params(), me.plans()));
     };
     connect();
     if heal_only {
@@ -484,7 +496,9 @@ fn one_round(name: &str, flags: u32, shared: bool, stop: bool, victims: &[i32], 
     }
     for p in &all {
         p.expect("connected", long);
-        p.expect("healed", long);
+        let line = p.expect("healed", long);
+        // Of the same layouts: who has planned, need not do so again for one that has come back.
+        assert!(line.ends_with(" plans 1"), "rank {}: {line}", p.rank);
     }
     // Readers first: a GPU's memory is not freed while another process has it open.
     for p in all.into_iter().rev() {

@@ -3,8 +3,9 @@
 
 use super::flight::{Stuck, Turn};
 use super::ground::Ground;
+use super::planned::{Basis, Planned, agreed, same_spec};
 use super::sync::give_up;
-use super::{Container, FromSpec, Phase, held};
+use super::{Container, Phase, held};
 use crate::abi::*;
 use crate::comm::{Access, Comm, Deadline, Group, Kept, Window, Windows};
 use crate::device::{Copies, Mem};
@@ -13,14 +14,11 @@ use crate::exec::Staging;
 use crate::exec::batches::{Batches, Places};
 use crate::exec::signs::Signs;
 use crate::exec::work::{Reads, Ways, Work, build, offer};
-use crate::plan::facts::{Union, classes, facts, plan};
 use crate::plan::parts::Part;
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
-use crate::plan::{PLANNER_VERSION, Peer, Place, Plan, closed};
-use crate::preset::variant::Variants;
-use crate::preset::world::World;
+use crate::plan::{PLANNER_VERSION, Peer, Place, Plan};
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
@@ -33,14 +31,7 @@ const SLICE: usize = 1 << 20;
 
 /// Everything that holds from one connect to the next.
 pub(super) struct Connected {
-    pub union: Union,
-    pub plan: Plan,
-    /// Row of this rank's tensor table -> ordinal.
-    pub ordinals: Vec<u32>,
-    /// Names of the source buffers that we receive from: (rank, row) -> name. Empty with a world spec, which knows them.
-    pub names: BTreeMap<(u32, u32), String>,
-    /// The spec's, with all variants.
-    pub world: Option<Arc<World>>,
+    pub planned: Arc<Planned>,
     /// What each rank said of itself.
     pub records: Vec<Record>,
     /// What this rank holds as source and as target, once it was asked for.
@@ -136,15 +127,15 @@ impl Container {
         self.control.ended(&result.as_ref().map(|_| ()).map_err(Error::clone));
         match result {
             Ok(connected) => {
-                let (sent, received) = connected.plan.wire_bytes();
+                let (sent, received) = connected.planned.plan.wire_bytes();
                 log::info!(
                     "rank {} of {} connected over {}: {} tensors in all, {} peers, sends {sent} and receives {received} bytes a \
                      sync in messages of {} bytes",
                     comm.rank(),
                     comm.world(),
                     comm.name(),
-                    connected.union.tensors.len(),
-                    connected.plan.peers.len(),
+                    connected.planned.union.tensors.len(),
+                    connected.planned.plan.peers.len(),
                     connected.message
                 );
                 let stats = held(&mut self.stats);
@@ -199,16 +190,26 @@ impl Container {
 
         let begun = Instant::now();
         let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device }).collect();
-        let planned = self.movable(comm).and_then(|()| match (&self.spec, tables) {
-            (Some(spec), _) => agreed(me, &records, spec).and_then(|world| Planned::of_spec(me, &places, world, spec)),
-            (None, Some(tables)) => Planned::of_tables(me, &places, tables?),
-            (None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
+        let basis = Basis::of(&records);
+        let former = self.former.as_ref().filter(|former| former.basis == basis).cloned();
+        let made = former.is_none();
+        let planned = self.movable(comm).and_then(|()| match (former, &self.spec, tables) {
+            (Some(former), _, Some(tables)) => tables.map(|_| former),
+            (Some(former), _, None) => Ok(former),
+            (None, Some(spec), _) => {
+                let world = agreed(me, &records, spec)?;
+                Planned::of_spec(me, &places, world, spec, basis).map(Arc::new)
+            }
+            (None, None, Some(tables)) => Planned::of_tables(me, &places, tables?, basis).map(Arc::new),
+            (None, None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
         let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
         let planned = planned.and_then(|p| self.lendable(comm, &p.plan).map(|()| p));
-        held(&mut self.stats).plan_seconds = begun.elapsed().as_secs_f64();
+        let stats = held(&mut self.stats);
+        (stats.plan_seconds, stats.plans) = (begun.elapsed().as_secs_f64(), stats.plans + u64::from(made));
         let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
         let planned = planned?;
+        self.former = Some(planned.clone());
 
         let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
@@ -224,13 +225,8 @@ impl Container {
         }
         let mut hashed: Vec<u8> = [planned.union.digest, message].iter().flat_map(|v| v.to_le_bytes()).collect();
         hashed.extend(records.iter().flat_map(|r| [r.table_digest, r.variants[0], r.variants[1]]).flat_map(u64::to_le_bytes));
-        let Planned { union, plan, ordinals, names, world } = planned;
         let mut out = Connected {
-            union,
-            plan,
-            ordinals,
-            names,
-            world,
+            planned,
             digest: xxh3_64(&hashed),
             message,
             bindings: records.iter().map(|r| r.binding).collect(),
@@ -251,7 +247,7 @@ impl Container {
         // Others wait for this rank in there, so a failure ends the communicator rather than being agreed on.
         self.open(comm, &mut out, deadline).map_err(|e| give_up(comm, e))?;
         if out.streams {
-            out.signs = self.signs(comm, &out.plan, deadline).map_err(|e| give_up(comm, e))?;
+            out.signs = self.signs(comm, &out.planned.plan, deadline).map_err(|e| give_up(comm, e))?;
         } else if self.device.id().0 != RS_DEVICE_CPU {
             log::info!("rank {me}: not all ranks can wait for each other's streams; each sync waits for its stream itself");
         }
@@ -384,7 +380,7 @@ impl Container {
             let mut rows = vec![];
             let mut owners = vec![];
             let mut wanted = vec![];
-            for peer in c.plan.peers.iter().filter(|p| windows.covers(p.rank)) {
+            for peer in c.planned.plan.peers.iter().filter(|p| windows.covers(p.rank)) {
                 if !peer.out.is_empty() {
                     let row = offer(&peer.out);
                     offers.push((peer.rank, row.iter().map(|&b| self.mems[b as usize]).collect()));
@@ -479,13 +475,13 @@ impl Container {
     /// The copies of all tensors, or of those marked (by ordinal). Collective between the ranks that exchange messages in groups.
     pub(super) fn ready(&self, comm: &dyn Comm, c: &Connected, subset: Option<&[bool]>, deadline: Deadline) -> Result<Ready> {
         let accept = |ordinal: u32| subset.is_none_or(|s| s[ordinal as usize]);
-        let accept_local = |row: u32| accept(c.ordinals[row as usize]);
+        let accept_local = |row: u32| accept(c.planned.ordinals[row as usize]);
         let message = through_pipe(comm, c.message);
         let reads = comm.windows().map(|windows| Reads { windows, granted: &c.links.granted, opened: &c.links.opened, message });
         // Other memory than the device's own is host memory, which the communicator need not take.
         let direct = |row: u32| self.mems[row as usize].kind() == self.device.id();
         let ways = Ways { reads, direct: &direct, message: c.message };
-        let work = build(&c.plan, &self.local, &accept_local, &accept, &ways);
+        let work = build(&c.planned.plan, &self.local, &accept_local, &accept, &ways);
         if let Some(rounds) = &work.group {
             rounds.check()?;
         }
@@ -515,88 +511,6 @@ impl Container {
 /// What of messages of this size fits into those of the communicator's own memory, if it has some.
 fn through_pipe(comm: &dyn Comm, message: u64) -> u64 {
     comm.pipe().map_or(message, |pipe| message.min(pipe.capacity() as u64 / CRUMB * CRUMB))
-}
-
-/// What planning makes of all tables.
-struct Planned {
-    union: Union,
-    plan: Plan,
-    ordinals: Vec<u32>,
-    names: BTreeMap<(u32, u32), String>,
-    world: Option<Arc<World>>,
-}
-
-impl Planned {
-    fn of_tables(me: u32, places: &[Place], tables: Vec<Table>) -> Result<Planned> {
-        let classes = classes(tables.len() as u32);
-        let (union, facts) = facts(me, &tables, &classes)?;
-        let plan = plan(me, places, &facts)?;
-        let own = &tables[me as usize].tensors;
-        let ordinal = |name: &str| union.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).map_or(0, |i| i as u32);
-        let ordinals = own.iter().map(|t| ordinal(&t.name)).collect();
-        let mut names = BTreeMap::new();
-        for peer in &plan.peers {
-            for p in &peer.into {
-                let row = p.src.buffer;
-                names.entry((peer.rank, row)).or_insert_with(|| tables[peer.rank as usize].buffers[row as usize].name.clone());
-            }
-        }
-        Ok(Planned { union, plan, ordinals, names, world: None })
-    }
-
-    fn of_spec(me: u32, places: &[Place], world: Arc<World>, spec: &FromSpec) -> Result<Planned> {
-        if spec.rank != me {
-            bail!(RS_ERR_MISMATCH, "its preset was created for rank {}, its communicator says rank {me}", spec.rank);
-        }
-        if world.ranks() as usize > places.len() {
-            bail!(RS_ERR_MISMATCH, "the spec has ranks up to {}, the communicator has {} ranks", world.ranks() - 1, places.len());
-        }
-        let plan = closed::plan(me, places, &world)?;
-        let union = Union::new(world.tensors(), world.spec.digest);
-        Ok(Planned { union, plan, ordinals: spec.ordinals.clone(), names: BTreeMap::new(), world: Some(world) })
-    }
-}
-
-/// The world with all that any rank has found out of it. An error if this rank's parameters lie otherwise.
-fn agreed(me: u32, records: &[Record], spec: &FromSpec) -> Result<Arc<World>> {
-    let own = &spec.world;
-    let left = &own.spec.left;
-    let all = records.iter().map(|r| (r.rank, Variants::from_words(r.variants)));
-    let variants = Variants::of_all(all, [&left[0], &left[1]])?;
-    if variants == own.variants {
-        return Ok(own.clone());
-    }
-    let world = Arc::new(own.with(variants)?);
-    if let Some((name, [bound, wanted])) = own.differs(&world, me) {
-        bail!(
-            RS_ERR_MISMATCH,
-            "parameter '{name}' of rank {me} has shape {bound:?}; other ranks have bound theirs as with {} and {}, which makes it {wanted:?}",
-            variants.shown(0, &left[0]),
-            variants.shown(1, &left[1])
-        );
-    }
-    Ok(world)
-}
-
-/// All ranks are described by one spec, or none is. All see the same records, so all come to the same end.
-fn same_spec(records: &[Record]) -> Result<()> {
-    let mut count: BTreeMap<u64, usize> = BTreeMap::new();
-    records.iter().for_each(|r| *count.entry(r.spec).or_default() += 1);
-    // What most ranks have is taken for right; of equals, a spec.
-    let Some((&usual, _)) = count.iter().max_by_key(|(spec, n)| (**n, **spec)) else { return Ok(()) };
-    let odd: Vec<&Record> = records.iter().filter(|r| r.spec != usual).collect();
-    let Some(first) = odd.first() else { return Ok(()) };
-    let what = |spec: u64| if spec == 0 { "is described by tables".to_string() } else { format!("has the spec {spec:016x}") };
-    let ranks: Vec<u32> = odd.iter().map(|r| r.rank).take(16).collect();
-    bail!(
-        RS_ERR_MISMATCH,
-        "{} of {} ranks differ from the others, which {}: ranks {ranks:?}; rank {} {}: give all ranks the same world spec",
-        odd.len(),
-        records.len(),
-        if usual == 0 { "are described by tables".to_string() } else { format!("have the spec {usual:016x}") },
-        first.rank,
-        what(first.spec)
-    );
 }
 
 /// Gathers how a step went on all ranks. An error of one is an error on all, with its text. Gives the most peers of any rank.

@@ -35,9 +35,9 @@ impl Container {
 
     fn describe_plan(&self, c: &Connected) -> Result<Value> {
         let comm = self.comm()?;
-        let peers = report::peers(&c.plan, c.message);
+        let peers = report::peers(&c.planned.plan, c.message);
         let rounds = |key: &str| peers.iter().filter_map(|p| p[key].as_u64()).max().unwrap_or(0);
-        let moves: usize = c.plan.peers.iter().map(|p| p.out.len() + p.into.len()).sum();
+        let moves: usize = c.planned.plan.peers.iter().map(|p| p.out.len() + p.into.len()).sum();
         let mut out = json!({
             "rank": comm.rank(),
             "world": comm.world(),
@@ -48,9 +48,9 @@ impl Container {
             "plan_seconds": lock(&self.stats).plan_seconds,
             "bytes": bytes(&c.work().bytes),
             "peers": peers,
-            "moves": moves + c.plan.doubles.len() + self.local.pieces.len(),
+            "moves": moves + c.planned.plan.doubles.len() + self.local.pieces.len(),
         });
-        if let Some(world) = &c.world {
+        if let Some(world) = &c.planned.world {
             out["found"] = world.found();
         }
         Ok(out)
@@ -81,7 +81,7 @@ impl Container {
             list.push(v);
         };
         let union = |p: &Piece| {
-            let t = &c.union.tensors[p.tensor as usize];
+            let t = &c.planned.union.tensors[p.tensor as usize];
             (t.name.as_str(), &t.shape[..])
         };
         let local = |p: &Piece| {
@@ -93,13 +93,13 @@ impl Container {
                 add(&mut boxes, p, local(p), "from", me, Some(own(p.src.buffer)), via);
             }
         }
-        for p in c.plan.doubles.iter().filter(|p| rows.contains(&p.dst.buffer)) {
+        for p in c.planned.plan.doubles.iter().filter(|p| rows.contains(&p.dst.buffer)) {
             add(&mut boxes, p, union(p), "from", me, Some(own(p.src.buffer)), "double");
         }
-        for peer in &c.plan.peers {
+        for peer in &c.planned.plan.peers {
             for p in peer.into.iter().filter(|p| rows.contains(&p.dst.buffer)) {
-                let known = || c.names.get(&(peer.rank, p.src.buffer)).cloned();
-                let from = c.world.as_ref().map_or_else(known, |w| w.param_name(0, peer.rank, p.src.buffer));
+                let known = || c.planned.names.get(&(peer.rank, p.src.buffer)).cloned();
+                let from = c.planned.world.as_ref().map_or_else(known, |w| w.param_name(0, peer.rank, p.src.buffer));
                 add(&mut boxes, p, union(p), "from", peer.rank, from.as_deref(), "wire");
             }
             for p in peer.out.iter().filter(|p| rows.contains(&p.src.buffer)) {
@@ -129,6 +129,7 @@ impl Container {
             "seconds": s.seconds,
             "connect_seconds": s.connect_seconds,
             "plan_seconds": s.plan_seconds,
+            "plans": s.plans,
             "staging_bytes": s.staging_bytes,
             "rounds": s.rounds,
             "bytes": totals,

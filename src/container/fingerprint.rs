@@ -113,7 +113,7 @@ impl Container {
             let sums = scan.run(&wanted.iter().map(|part| part.scanned()).collect::<Result<Vec<_>>>()?)?;
             let mut tallies: BTreeMap<u32, Tally> = BTreeMap::new();
             for (part, sum) in wanted.into_iter().zip(sums) {
-                let tensor = &c.union.tensors[part.tensor as usize];
+                let tensor = &c.planned.union.tensors[part.tensor as usize];
                 let sum = sum * scale(&tensor.name, part.kind(), &tensor.shape);
                 let tally = tallies.entry(part.tensor).or_default();
                 *tally = tally.and(&Tally::new(part, sum));
@@ -156,11 +156,11 @@ impl Container {
         let tensors = match tensor {
             None => None,
             Some(name) => {
-                let named = c.union.named(name);
+                let named = c.planned.union.named(name);
                 if named.is_empty() {
                     bail!(RS_ERR_NOT_FOUND, "no rank has a tensor '{name}'");
                 }
-                let mut chosen = vec![false; c.union.tensors.len()];
+                let mut chosen = vec![false; c.planned.union.tensors.len()];
                 named.iter().for_each(|&o| chosen[o as usize] = true);
                 Some(chosen)
             }
@@ -178,7 +178,7 @@ impl Container {
     /// What this rank holds. Without a world spec, ranks exchange their tables once more: the outer error is of that.
     fn parts(&self, comm: &dyn Comm, c: &Connected, side: usize, deadline: Deadline) -> Result<Result<Vec<Part>>> {
         let me = comm.rank();
-        if let Some(world) = &c.world {
+        if let Some(world) = &c.planned.world {
             return Ok(parts::of_world(me, side, world));
         }
         let own = Table::of(&self.layout);
@@ -203,13 +203,13 @@ fn totals(comm: &dyn Comm, own: &Tally, deadline: Deadline) -> Result<Tally> {
 
 /// The first tensor whose copies differ. Collective; all ranks look at the same halves.
 fn differing<'c>(comm: &dyn Comm, c: &'c Connected, tallies: &BTreeMap<u32, Tally>, deadline: Deadline) -> Result<&'c str> {
-    let (mut low, mut high) = (0, c.union.tensors.len() as u32);
+    let (mut low, mut high) = (0, c.planned.union.tensors.len() as u32);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
         let own = tallies.range(low..middle).fold(Tally::default(), |sum, (_, tally)| sum.and(tally));
         if totals(comm, &own, deadline)?.apart == Residue::default() { low = middle } else { high = middle }
     }
-    Ok(c.union.tensors.get(low as usize).map_or("", |t| &t.name))
+    Ok(c.planned.union.tensors.get(low as usize).map_or("", |t| &t.name))
 }
 
 /// Tells what is asked for from other questions.

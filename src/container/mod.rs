@@ -13,6 +13,7 @@ pub mod describe;
 mod fingerprint;
 mod flight;
 mod ground;
+mod planned;
 pub mod host;
 pub mod state;
 pub mod sync;
@@ -29,6 +30,7 @@ use crate::wire::Table;
 use connect::Connected;
 use flight::{Flight, Step, Stuck, Wreck};
 use ground::Ground;
+use planned::Planned;
 pub use state::{Control, Param};
 use state::{ParamState, Stats};
 use std::collections::BTreeMap;
@@ -111,6 +113,8 @@ pub struct Container {
     binding: u64,
     imported: BTreeMap<u32, (u64, Table)>,
     phase: Phase,
+    /// Of the last connect that came so far.
+    former: Option<Arc<Planned>>,
     params: Mutex<Vec<ParamState>>,
     stats: Mutex<Stats>,
     /// The sync that is on its stream.
@@ -161,6 +165,7 @@ impl Container {
             binding: 1,
             imported: BTreeMap::new(),
             phase: Phase::Created,
+            former: None,
             stats: Mutex::default(),
             flight: Mutex::default(),
             broken: Mutex::default(),

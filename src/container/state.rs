@@ -36,6 +36,8 @@ impl Default for ParamState {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stats {
     pub plan_seconds: f64,
+    /// How often this rank has planned.
+    pub plans: u64,
     pub connect_seconds: f64,
     pub seconds: f64,
     pub version: u64,

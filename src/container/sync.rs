@@ -422,12 +422,12 @@ impl Container {
     pub(super) fn used(&self, c: &Connected, subset: Option<&[bool]>) -> Vec<bool> {
         let accept = |tensor: u32| subset.is_none_or(|s| s[tensor as usize]);
         let mut used = vec![false; self.mems.len() + 1];
-        let own = self.local.pieces.iter().filter(|p| accept(c.ordinals[p.tensor as usize]));
-        for p in own.chain(c.plan.doubles.iter().filter(|p| accept(p.tensor))) {
+        let own = self.local.pieces.iter().filter(|p| accept(c.planned.ordinals[p.tensor as usize]));
+        for p in own.chain(c.planned.plan.doubles.iter().filter(|p| accept(p.tensor))) {
             used[p.src.buffer as usize] = true;
             used[p.dst.buffer as usize] = true;
         }
-        for peer in &c.plan.peers {
+        for peer in &c.planned.plan.peers {
             peer.out.iter().filter(|p| accept(p.tensor)).for_each(|p| used[p.src.buffer as usize] = true);
             peer.into.iter().filter(|p| accept(p.tensor)).for_each(|p| used[p.dst.buffer as usize] = true);
         }
@@ -446,9 +446,9 @@ impl Container {
             bail!(RS_ERR_INVALID, "sync.version is 0: give the weights a number, equal on all ranks");
         }
         let Some(only) = &request.only else { return Ok(None) };
-        let mut chosen = vec![false; c.union.tensors.len()];
+        let mut chosen = vec![false; c.planned.union.tensors.len()];
         for (i, entry) in only.iter().enumerate() {
-            let named = c.union.named(entry);
+            let named = c.planned.union.named(entry);
             if named.is_empty() {
                 bail!(RS_ERR_NOT_FOUND, "only[{i}]: no rank has a tensor '{entry}'");
             }
@@ -458,7 +458,7 @@ impl Container {
         let mut first: Vec<Option<(bool, u32)>> = vec![None; self.layout.buffers().len()];
         for tile in self.layout.tiles() {
             let buffer = &self.layout.buffers()[tile.buffer as usize];
-            let inside = chosen[c.ordinals[tile.tensor as usize] as usize];
+            let inside = chosen[c.planned.ordinals[tile.tensor as usize] as usize];
             match first[tile.buffer as usize] {
                 Some((other, tensor)) if other != inside && buffer.role & RS_TARGET != 0 => {
                     let name = |t: u32| self.layout.tensors()[t as usize].name.as_str();
@@ -484,7 +484,7 @@ impl Container {
         let mut params = lock(&self.params);
         let mut whole = vec![subset.is_none().then_some(true); params.len()];
         for tile in self.layout.tiles() {
-            let inside = subset.is_none_or(|s| s[c.ordinals[tile.tensor as usize] as usize]);
+            let inside = subset.is_none_or(|s| s[c.planned.ordinals[tile.tensor as usize] as usize]);
             let known = &mut whole[tile.buffer as usize];
             *known = Some(inside && known.unwrap_or(true));
         }

@@ -62,7 +62,7 @@ impl Container {
             return Ok(());
         }
         let mut what = [0..0, 0..0, 0..0, 0..0];
-        for (digit, most) in [c.union.tensors.len() as u32, comm.world(), comm.world(), u32::MAX].into_iter().enumerate() {
+        for (digit, most) in [c.planned.union.tensors.len() as u32, comm.world(), comm.world(), u32::MAX].into_iter().enumerate() {
             what[digit] = 0..most;
             while what[digit].len() > 1 {
                 let Range { start, end } = what[digit];
@@ -83,7 +83,7 @@ impl Container {
 
     fn differs(&self, c: &Connected, end: &End<'_>) -> Error {
         let [tensor, to, from, _] = end.what;
-        let tensor = &c.union.tensors[tensor as usize];
+        let tensor = &c.planned.union.tensors[tensor as usize];
         err!(
             RS_ERR_CORRUPT,
             "parameter '{}': {} of '{}' does not hold what {} has there: it was changed on its way, or by somebody else during the sync",
@@ -105,12 +105,12 @@ impl Container {
                 out.extend(roles.iter().map(|&sends| End { what: [tensor, to, from, last.1], piece, sends }));
             }
         };
-        for peer in &c.plan.peers {
+        for peer in &c.planned.plan.peers {
             add(&mut peer.out.iter().map(|p| (p.tensor, p)), [peer.rank, me, 0], &[true]);
             add(&mut peer.into.iter().map(|p| (p.tensor, p)), [me, peer.rank, 0], &[false]);
         }
-        add(&mut self.local.pieces.iter().map(|p| (c.ordinals[p.tensor as usize], p)), [me, me, 0], &[true, false]);
-        add(&mut c.plan.doubles.iter().map(|p| (p.tensor, p)), [me, me, DOUBLES], &[true, false]);
+        add(&mut self.local.pieces.iter().map(|p| (c.planned.ordinals[p.tensor as usize], p)), [me, me, 0], &[true, false]);
+        add(&mut c.planned.plan.doubles.iter().map(|p| (p.tensor, p)), [me, me, DOUBLES], &[true, false]);
         out
     }
 }
