@@ -216,9 +216,9 @@ class Preset:
 class LocalComm:
     """The processes of this host that give the same name."""
 
-    def __init__(self, name, rank, world, flags=0):
+    def __init__(self, name, rank, world, flags=0, timeout_ms=0):
         self._handle = c.c_void_p()
-        local = _sized(LocalStruct, name=name.encode(), rank=rank, world=world, flags=flags)
+        local = _sized(LocalStruct, name=name.encode(), rank=rank, world=world, timeout_ms=timeout_ms, flags=flags)
         _check(_lib.rs_comm_local(c.byref(local), c.byref(self._handle)))
 
     def close(self):

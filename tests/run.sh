@@ -96,6 +96,7 @@ step kernels         300 tests/kernels/run.sh
 step standin         300 tests/standin/selftest.sh
 step nccl            300 tests/nccl.sh
 step nixl            600 tests/nixl.sh
+step faults          300 tests/faults/run.sh
 step gpu             900 tests/standin/run.sh
 step install         600 tests/install.sh
 step asan-rust      1200 asan_rust

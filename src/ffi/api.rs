@@ -44,7 +44,7 @@ pub unsafe extern "C" fn rs_container_create(
 /// of every target has exactly one sender. Either all ranks have a preset, of the same spec, or none has.
 ///
 /// Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
-/// boxes.
+/// boxes. Ranks may have come back in other processes; where all layouts are as before, those that had a plan keep it.
 ///
 /// Collective: every rank of the communicator calls it, a rank without weights too. Waits for the others, at most
 /// `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.

@@ -8,14 +8,16 @@ import time
 
 from net import Net
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-EXAMPLES = os.path.join(HERE, "..", "..", "cpp_examples")
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "faults"))
+from ranks import EXAMPLES, Process, ask  # noqa: E402
+
 LIBRARY, MODEL, ENGINE = (os.path.abspath(path) for path in sys.argv[1:])
 MB = 1 << 20
 TIMEOUT_MS = 4000
+ROWS, COLS = 2048, 2048
 # All of it over the links: no shared memory between hosts that are really one, and no InfiniBand, whose module of NIXL 1.5.1's wheel
 # crashes at a process's end where there is none.
-os.environ |= {"UCX_TLS": "tcp", "UCX_MODULES": "^ib", "UCX_NET_DEVICES": "eth0", "PYTHONPATH": EXAMPLES, "NIXL_LOG_LEVEL": "FATAL"}
+os.environ |= {"UCX_TLS": "tcp", "UCX_MODULES": "^ib", "UCX_NET_DEVICES": "eth0", "RESHARD_NIXL": LIBRARY, "NIXL_LOG_LEVEL": "FATAL"}
 
 
 def expect(condition, otherwise):
@@ -46,45 +48,26 @@ def the_model():
 
 
 class Ranks:
-    """Eight processes, two on each host."""
+    """Processes, two on each host."""
 
     def __init__(self, net):
-        self.net, self.runs = net, 0
-        program = [sys.executable, os.path.join(HERE, "rank.py")]
-        env = os.environ | {"TIMEOUT_MS": str(TIMEOUT_MS)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
-        self.all = [subprocess.Popen([*net.on(rank // 2), *program, str(rank), LIBRARY], **pipes) for rank in range(8)]
+        self.net, self.runs, self.all = net, 0, []
+        self.start(8)
 
-    def tell(self, line):
-        for process in self.all:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-
-    def hear(self):
-        answers = []
-        for rank, process in enumerate(self.all):
-            line = process.stdout.readline()
-            while line and not line.startswith("{"):  # UCX logs to stdout
-                print(f"  rank {rank}'s UCX: {line.strip()}")
-                line = process.stdout.readline()
-            expect(line, f"rank {rank} ended")
-            answers.append(json.loads(line))
-        for rank, answer in enumerate(answers):
-            expect("failed" not in answer, f"rank {rank}: {answer}")
-        return answers
+    def start(self, world):
+        ranks = range(len(self.all), world)
+        self.all += [Process(rank, ROWS, COLS, TIMEOUT_MS, self.net.on(rank // 2)) for rank in ranks]
 
     def ask(self, line):
-        self.tell(line)
-        return self.hear()
+        return ask(self.all, line)
 
     def join(self):
         self.runs += 1
-        self.ask(f"join {self.net.address(0)}:{4800 + self.runs} hosts-{os.getpid()}-{self.runs}")
+        self.ask(f"join hosts-{os.getpid()}-{self.runs} {len(self.all)} {self.net.address(0)}:{4800 + self.runs}")
 
-    def end(self):
-        for rank, process in enumerate(self.all):
-            process.stdin.close()
-            expect(process.wait(20) == 0, f"rank {rank} ended with {process.returncode}")
+    def end(self, remain=0):
+        while len(self.all) > remain:
+            self.all.pop().end()
 
 
 def slow_links():
@@ -105,8 +88,9 @@ def slow_links():
     weights = sum(answer["received"] for answer in answers)
     sent = [tx for _, tx in wire[:2]]
     least = weights / 2 / (mbit * 1e6 / 8)
-    print(f"links of {mbit} Mbit/s: {weights / MB:.0f} MiB in {seconds:.2f} s, at least {least:.2f}; hosts sent {sent[0] / MB:.1f} and {sent[1] / MB:.1f} MiB")
-    expect(weights == 8 * 2048 * 2048 * 2, f"{weights} bytes are not those of the tensors")
+    print(f"links of {mbit} Mbit/s: {weights / MB:.0f} MiB in {seconds:.2f} s, at least {least:.2f}")
+    print(f"the two hosts sent {sent[0] / MB:.1f} and {sent[1] / MB:.1f} MiB")
+    expect(weights == 8 * ROWS * COLS * 2, f"{weights} bytes are not those of the tensors")
     expect(max(sent) < 1.05 * min(sent), "the two hosts did not send alike")
     expect(max(rx for rx, _ in wire[2:]) < 0.55 * 1.05 * weights, "a host received what the other one needs")
     expect(seconds < 1.6 * least, "it took as long as from one host")
@@ -117,11 +101,12 @@ def a_lost_link():
     with Net(4) as net:
         ranks = Ranks(net)
         ranks.join()
-        ranks.tell("loop")
+        for process in ranks.all:
+            process.tell("loop 1000000")
         time.sleep(2)
         net.link(3, "down")
         struck = time.monotonic()
-        answers = ranks.hear()
+        answers = [process.hear() for process in ranks.all]
         for rank, answer in enumerate(answers):
             late = answer["at"] - struck
             print(f"  rank {rank} after {late:.1f} s: {answer['error']}")
@@ -130,11 +115,28 @@ def a_lost_link():
             expect(named, f"rank {rank} does not name who is unreachable")
         net.link(3, "up")
         ranks.join()
-        ranks.ask("sync 1000000")
+        plans = [answer["plans"] for answer in ranks.ask("sync 1000000")]
+        expect(plans == [1] * 8, f"ranks have planned {plans} times, for layouts that are as they were")
         ranks.end()
 
 
-for test in [test for test in [the_model, slow_links, a_lost_link] if test.__name__ in os.environ.get("RESHARD_HOSTS", test.__name__).split()]:
+def an_engine_comes_and_goes():
+    """A second engine on a host of its own comes between two syncs, and goes again; trainer and first engine stay where they are."""
+    with Net(5) as net:
+        ranks = Ranks(net)
+        ranks.join()
+        ranks.ask("sync 1")
+        ranks.start(10)  # ranks 8 and 9 want what 4 and 5 have
+        ranks.join()
+        answers = ranks.ask("sync 2")
+        expect(all(answer["received"] == 8 * ROWS * COLS * 2 // 4 for answer in answers[4:]), "an engine's rank lacks something")
+        ranks.end(8)
+        ranks.join()
+        ranks.ask("sync 3")
+        ranks.end()
+
+
+for test in [test for test in [the_model, slow_links, a_lost_link, an_engine_comes_and_goes] if test.__name__ in os.environ.get("RESHARD_HOSTS", test.__name__).split()]:
     print(f"--- {test.__doc__.strip().splitlines()[0]}", flush=True)
     test()
 print("several hosts: all is well")

@@ -4,7 +4,7 @@
 //! is at the other end. Knows names, greetings, users. Must not know what comes after.
 
 use super::mesh::{Link, Mesh, named};
-use super::socket::{Frame, Inbox, Kind, Letter, PACKET, Progress, Socket};
+use super::socket::{Frame, Inbox, Kind, Letter, PACKET, Progress, Socket, failed, failure};
 use super::sys::{self, Mapping, Peer};
 use crate::abi::*;
 use crate::comm::Deadline;
@@ -111,10 +111,10 @@ pub fn join(run: &str, rank: u32, world: u32, flags: u32, deadline: Deadline) ->
     if world == 0 || world > WORLD || rank >= world {
         bail!(RS_ERR_INVALID, "rank {rank} of {world}: ranks count from 0 and there are at most {WORLD}");
     }
-    let failed = |what: &str, e: std::io::Error| err!(RS_ERR_COMM, "rank {rank} of '{run}': cannot make {what}: {e}");
+    let cannot = |what: &str, e: std::io::Error| err!(RS_ERR_COMM, "rank {rank} of '{run}': cannot make {what}: {e}");
     let listener = sys::listen(&address(run, rank)).map_err(|e| taken(run, rank, e))?;
-    let memory = sys::shared(c"libreshard bell", sys::page()).map_err(|e| failed("a bell", e))?;
-    let bell = Mapping::new(memory.as_fd(), true).map_err(|e| failed("a bell", e))?;
+    let memory = sys::shared(c"libreshard bell", sys::page()).map_err(|e| cannot("a bell", e))?;
+    let bell = Mapping::new(memory.as_fd(), true).map_err(|e| cannot("a bell", e))?;
     let token = RandomState::new().hash_one((std::process::id(), rank));
     let mut door = Door {
         run,
@@ -127,7 +127,7 @@ pub fn join(run: &str, rank: u32, world: u32, flags: u32, deadline: Deadline) ->
         scratch: vec![0; PACKET],
     };
     door.tokens[rank as usize] = token;
-    door.gather(deadline)?;
+    door.gather(deadline).map_err(|e| door.give_up(e))?;
     let Door { links, tokens, listener, .. } = door;
     let mesh = Mesh::new(run, rank, links, bell, listener);
     agree(&mesh, &tokens, deadline)?;
@@ -198,6 +198,9 @@ impl Door<'_> {
             sys::poll(&mut fds, sleep).map_err(|e| self.error("poll", &e))?;
             let closed = fds[1 + self.waiting.len()..].iter().position(|f| f.revents != 0);
             if let Some(link) = closed.and_then(|at| self.links.iter().flatten().nth(at)) {
+                if let Some(why) = last_words(&link.socket, &mut self.scratch) {
+                    return Err(why);
+                }
                 let rank = self.links.iter().position(|l| l.as_ref().is_some_and(|l| std::ptr::eq(l, link))).unwrap_or(0);
                 bail!(
                     RS_ERR_PEER,
@@ -207,6 +210,15 @@ impl Door<'_> {
                 );
             }
         }
+    }
+
+    /// Tells those that are there why this rank does not join.
+    fn give_up(&self, e: Error) -> Error {
+        let bytes = failed(e.status(), &format!("rank {} gave up: {e}", self.mine.rank));
+        // Who has not greeted us yet may have read our greeting.
+        let sockets = self.links.iter().flatten().map(|l| &l.socket).chain(self.waiting.iter().map(|g| &g.socket));
+        sockets.for_each(|socket| socket.last(Kind::Failed, &bytes));
+        e
     }
 
     /// The ranks below us that we have no connection to.
@@ -287,7 +299,8 @@ impl Door<'_> {
                 }
                 (None, None) if greeting.inbox.closed => {}
                 (None, _) => {
-                    taken.map_err(|e| e.context(format_args!("process {} at '{}'", greeting.socket.peer.pid, self.run)))?;
+                    let (me, pid) = (self.mine.rank, greeting.socket.peer.pid);
+                    taken.map_err(|e| e.context(format_args!("rank {me} of '{}', hearing process {pid}", self.run)))?;
                     self.waiting.push(greeting);
                 }
             }
@@ -314,6 +327,13 @@ impl Door<'_> {
         self.links[at] = Some(Link { socket, process, bell });
         Ok(())
     }
+}
+
+/// Why a rank has closed its connection, if it said so.
+fn last_words(socket: &Socket, scratch: &mut [u8]) -> Option<Error> {
+    let mut inbox = Inbox::default();
+    while inbox.take(socket, scratch).is_ok_and(|more| more) {}
+    inbox.frames.pop_back().filter(|f| f.kind == Kind::Failed).map(|f| failure(&f.bytes))
 }
 
 #[cfg(test)]
