@@ -94,6 +94,7 @@ fn container(comm: Arc<dyn Comm>, threads: usize, shape: &[i64], shards: &[Shard
         label: String::new(),
         device: None,
         host_id: None,
+        relays: false,
         staging: 1 << 20,
         staging_at: None,
         threads,

@@ -101,7 +101,7 @@ fn measure(spec: &str, rank: u32, places: &[Place]) -> (f64, usize, usize) {
             PEAK.store(before, Ordering::Relaxed);
             let begun = Instant::now();
             let world = World::new(spec).expect("a spec");
-            let made: Plan = plan(rank, places, &world).expect("a plan");
+            let made: Plan = plan(rank, places, 256 << 20, &world).expect("a plan");
             let seconds = begun.elapsed().as_secs_f64();
             let pieces = made.peers.iter().map(|p| p.out.len() + p.into.len()).sum();
             (seconds, PEAK.load(Ordering::Relaxed) - before, pieces)

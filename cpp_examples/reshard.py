@@ -249,12 +249,14 @@ class CompositeComm:
 class Container:
     """This rank's weights, a Layout or a Preset, and its part in every sync."""
 
-    def __init__(self, layout, comm, name, timeout_ms=0):
+    def __init__(self, layout, comm, name, timeout_ms=0, flags=0):
         self._layout = layout  # the library borrows the weights' memory
         self._handle = c.c_void_p()
         preset = layout._handle if isinstance(layout, Preset) else None
         tables = None if preset else c.byref(layout.struct())
-        config = _sized(ConfigStruct, abi=ABI, comm=comm._handle, preset=preset, timeout_ms=timeout_ms, name=name.encode())
+        config = _sized(
+            ConfigStruct, abi=ABI, flags=flags, comm=comm._handle, preset=preset, timeout_ms=timeout_ms, name=name.encode()
+        )  # fmt: skip
         _check(_lib.rs_container_create(c.byref(config), tables, c.byref(self._handle)))
 
     def connect(self):

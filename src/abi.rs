@@ -96,6 +96,11 @@ pub const RS_LOCAL_RING: u32 = 2;
 /// `rs_config_t.flags`: a thread of the library calls rs_container_poll() while a sync is in progress, so that a peer's death or a deadline
 /// ends the sync, and what waits for it on streams, though the caller does not poll. It starts at create and ends in destroy.
 pub const RS_CONFIG_WATCHDOG: u32 = 1;
+/// `rs_config_t.flags`: this rank passes on to others what its targets get. Where several ranks on other hosts than a box's sources need it
+/// in the same elements, the sources then send it once, to the first of them, which passes it on to the second, and so on, message by
+/// message: so many replicas cost the sources no more than one. Where messages go in groups (not rs_comm_local() alone); an engine
+/// that may leave during a sync does not set it, and gets its weights last.
+pub const RS_CONFIG_RELAY: u32 = 2;
 
 /// `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum
 /// of the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and
@@ -339,7 +344,7 @@ pub struct rs_config_t {
     pub struct_size: usize,
     /// RS_ABI.
     pub abi: u32,
-    /// RS_CONFIG_WATCHDOG or 0.
+    /// RS_CONFIG_WATCHDOG, RS_CONFIG_RELAY, both or 0.
     pub flags: u32,
     /// The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows.
     pub comm: *mut rs_comm_t,

@@ -17,7 +17,7 @@ use smallvec::SmallVec;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Number of the formats in this file. Changes with any change of them.
-pub const WIRE_VERSION: u16 = 4;
+pub const WIRE_VERSION: u16 = 5;
 
 const RECORD_MAGIC: u32 = u32::from_le_bytes(*b"RSHC");
 const TABLE_MAGIC: u32 = u32::from_le_bytes(*b"RSHT");
@@ -61,6 +61,8 @@ pub struct Record {
     pub imported: bool,
     /// Whether it can put a whole sync on a stream, and whether it has weights without being able to.
     pub streams: [bool; 2],
+    /// Whether it passes on what its targets get.
+    pub relays: bool,
     /// Its staging bound in bytes.
     pub staging: u64,
     /// Length of its table in bytes.
@@ -91,7 +93,8 @@ impl Record {
                 | u64::from(self.big_endian) << 32
                 | u64::from(self.imported) << 33
                 | u64::from(self.streams[0]) << 34
-                | u64::from(self.streams[1]) << 35,
+                | u64::from(self.streams[1]) << 35
+                | u64::from(self.relays) << 36,
             self.staging,
             self.table_len,
             self.table_digest,
@@ -138,6 +141,7 @@ impl Record {
             big_endian: w[5] >> 32 & 1 == 1,
             imported: w[5] >> 33 & 1 == 1,
             streams: [w[5] >> 34 & 1 == 1, w[5] >> 35 & 1 == 1],
+            relays: w[5] >> 36 & 1 == 1,
             staging: w[6],
             table_len: w[7],
             table_digest: w[8],
@@ -466,6 +470,7 @@ mod tests {
             big_endian: cfg!(target_endian = "big"),
             imported: true,
             streams: [true, false],
+            relays: true,
             staging: 1 << 28,
             table_len: 10,
             table_digest: 11,

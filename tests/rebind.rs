@@ -51,6 +51,7 @@ fn container(comm: Arc<dyn Comm>, names: &[&str], role: u32, memory: &mut [Vec<u
         label: String::new(),
         device: None,
         host_id: None,
+        relays: false,
         staging: 1 << 20,
         staging_at: None,
         threads: 1,

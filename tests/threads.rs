@@ -103,6 +103,7 @@ fn rank(comm: Arc<dyn Comm>, device: Arc<Noting>, role: u32, memory: &mut [u16])
         label: String::new(),
         device: Some(device),
         host_id: None,
+        relays: false,
         staging: 1 << 20,
         staging_at: None,
         threads: 4,

@@ -47,6 +47,7 @@ fn container(comm: Arc<dyn Comm>, side: &Side, mems: Vec<Mem>) -> Container {
         label: String::new(),
         device: None,
         host_id: None,
+        relays: false,
         staging: 256 << 20,
         staging_at: None,
         threads: 1,

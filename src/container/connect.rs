@@ -16,7 +16,8 @@ use crate::exec::signs::Signs;
 use crate::exec::work::{Reads, Ways, Work, build, offer};
 use crate::plan::parts::Part;
 use crate::plan::rounds::{CRUMB, LEAST_MESSAGE, message_size};
-use crate::plan::{PLANNER_VERSION, Peer, Place, Plan};
+use crate::plan::route::relay_piece;
+use crate::plan::{PLANNER_VERSION, Peer, Piece, Place, Plan};
 use crate::wire::{Outcome, Record, Table, WIRE_VERSION};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -173,6 +174,7 @@ impl Container {
             big_endian: cfg!(target_endian = "big"),
             imported: (0..world).all(|r| r == me || self.imported.contains_key(&r)),
             streams: [self.on_streams(comm), !self.mems.is_empty() && !self.on_streams(comm)],
+            relays: self.relays && comm.group().is_some(),
             staging: self.staging,
             table_len: blob.len() as u64,
             table_digest: if own.is_some() { Table::head(&blob)?.1 } else { 0 },
@@ -189,7 +191,8 @@ impl Container {
         let tables = own.map(|own| self.tables(comm, own, blob, &records, deadline)).transpose()?;
 
         let begun = Instant::now();
-        let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device }).collect();
+        let places: Vec<Place> = records.iter().map(|r| Place { host: r.host, device: r.device, relays: r.relays }).collect();
+        let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let basis = Basis::of(&records);
         let former = self.former.as_ref().filter(|former| former.basis == basis).cloned();
         let made = former.is_none();
@@ -198,20 +201,19 @@ impl Container {
             (Some(former), _, None) => Ok(former),
             (None, Some(spec), _) => {
                 let world = agreed(me, &records, spec)?;
-                Planned::of_spec(me, &places, world, spec, basis).map(Arc::new)
+                Planned::of_spec(me, &places, staging, world, spec, basis).map(Arc::new)
             }
-            (None, None, Some(tables)) => Planned::of_tables(me, &places, tables?, basis).map(Arc::new),
+            (None, None, Some(tables)) => Planned::of_tables(me, &places, staging, tables?, basis).map(Arc::new),
             (None, None, None) => Err(err!(RS_ERR_INTERNAL, "neither tables nor a spec")),
         });
         let planned = planned.and_then(|p| self.convertible(&p.plan).map(|()| p));
         let planned = planned.and_then(|p| self.lendable(comm, &p.plan).map(|()| p));
         let stats = held(&mut self.stats);
         (stats.plan_seconds, stats.plans) = (begun.elapsed().as_secs_f64(), stats.plans + u64::from(made));
-        let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.peers.len() as u32, p.union.digest)), deadline)?;
+        let peers = agree_outcome(comm, planned.as_ref().map(|p| (p.plan.channels(), p.union.digest)), deadline)?;
         let planned = planned?;
         self.former = Some(planned.clone());
 
-        let staging = records.iter().map(|r| r.staging).min().unwrap_or(0);
         let mut message = message_size(staging, peers.into());
         if comm.group().is_none() {
             message = through_pipe(comm, message);
@@ -221,6 +223,15 @@ impl Container {
                 RS_ERR_INVALID,
                 "staging_bytes {staging} (the least of all ranks) is too small: a rank with {peers} peers needs at least {}",
                 4 * u64::from(peers) * LEAST_MESSAGE
+            );
+        }
+        // All ranks see the same places, so all come to the same end where some relay.
+        if message < relay_piece(staging) && places.iter().any(|p| p.relays) {
+            bail!(
+                RS_ERR_INVALID,
+                "staging_bytes {staging} (the least of all ranks) is too small for ranks that relay (RS_CONFIG_RELAY): with {peers} channels \
+                 of a rank it needs at least {}",
+                4 * u64::from(peers) * relay_piece(staging)
             );
         }
         let mut hashed: Vec<u8> = [planned.union.digest, message].iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -380,13 +391,14 @@ impl Container {
             let mut rows = vec![];
             let mut owners = vec![];
             let mut wanted = vec![];
+            let plain = |list: &[Piece]| list.iter().any(|p| p.stream.is_none());
             for peer in c.planned.plan.peers.iter().filter(|p| windows.covers(p.rank)) {
-                if !peer.out.is_empty() {
+                if plain(&peer.out) {
                     let row = offer(&peer.out);
                     offers.push((peer.rank, row.iter().map(|&b| self.mems[b as usize]).collect()));
                     rows.push((peer.rank, row));
                 }
-                if !peer.into.is_empty() {
+                if plain(&peer.into) {
                     owners.push(peer.rank);
                     wanted.push(offer(&peer.into));
                 }

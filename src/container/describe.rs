@@ -99,8 +99,9 @@ impl Container {
         for peer in &c.planned.plan.peers {
             for p in peer.into.iter().filter(|p| rows.contains(&p.dst.buffer)) {
                 let known = || c.planned.names.get(&(peer.rank, p.src.buffer)).cloned();
-                let from = c.planned.world.as_ref().map_or_else(known, |w| w.param_name(0, peer.rank, p.src.buffer));
-                add(&mut boxes, p, union(p), "from", peer.rank, from.as_deref(), "wire");
+                let from =
+                    c.planned.world.as_ref().map_or_else(known, |w| w.param_name(usize::from(relayed(p)), peer.rank, p.src.buffer));
+                add(&mut boxes, p, union(p), "from", peer.rank, from.as_deref(), if relayed(p) { "relay" } else { "wire" });
             }
             for p in peer.out.iter().filter(|p| rows.contains(&p.src.buffer)) {
                 add(&mut sent, p, union(p), "to", peer.rank, None, "wire");
@@ -177,6 +178,10 @@ impl Container {
         let pipe = self.comm.as_ref().and_then(|c| c.pipe().map(|p| p.bytes()));
         group + pipe.unwrap_or(0)
     }
+}
+
+fn relayed(piece: &Piece) -> bool {
+    piece.stream.is_some_and(|s| s.hop > 0)
 }
 
 fn bytes(b: &Bytes) -> Value {

@@ -45,6 +45,8 @@ pub struct Config {
     pub device: Option<Arc<dyn Device>>,
     /// Identity of the host; `None`: found out.
     pub host_id: Option<u64>,
+    /// Whether this rank passes on what its targets get.
+    pub relays: bool,
     /// Most staging in bytes.
     pub staging: u64,
     /// The caller's memory for it.
@@ -97,6 +99,7 @@ pub struct Container {
     /// Whether the device follows the memory.
     own_device: bool,
     host: u64,
+    relays: bool,
     staging: u64,
     staging_at: Option<Mem>,
     threads: usize,
@@ -150,6 +153,7 @@ impl Container {
             device,
             own_device,
             host: config.host_id.unwrap_or_else(host::host_id),
+            relays: config.relays,
             staging: config.staging,
             staging_at: config.staging_at,
             threads: config.threads.max(1),

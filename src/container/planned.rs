@@ -30,7 +30,8 @@ pub(super) struct Planned {
 /// What of a rank's record a plan is made of: where these are the same, the plan is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Basis {
-    place: (u64, [u64; 2]),
+    place: (u64, [u64; 2], bool),
+    staging: u64,
     spec: (u64, [u64; 2]),
     table: (u64, u64),
 }
@@ -38,17 +39,21 @@ pub(super) struct Basis {
 impl Basis {
     /// Of each record, in rank order.
     pub fn of(records: &[Record]) -> Vec<Basis> {
-        let one =
-            |r: &Record| Basis { place: (r.host, r.device), spec: (r.spec, r.variants), table: (r.table_len, r.table_digest) };
+        let one = |r: &Record| Basis {
+            place: (r.host, r.device, r.relays),
+            staging: r.staging,
+            spec: (r.spec, r.variants),
+            table: (r.table_len, r.table_digest),
+        };
         records.iter().map(one).collect()
     }
 }
 
 impl Planned {
-    pub fn of_tables(me: u32, places: &[Place], tables: Vec<Table>, basis: Vec<Basis>) -> Result<Planned> {
+    pub fn of_tables(me: u32, places: &[Place], staging: u64, tables: Vec<Table>, basis: Vec<Basis>) -> Result<Planned> {
         let classes = classes(tables.len() as u32);
         let (union, facts) = facts(me, &tables, &classes)?;
-        let plan = plan(me, places, &facts)?;
+        let plan = plan(me, places, staging, &facts)?;
         let own = &tables[me as usize].tensors;
         let ordinal = |name: &str| union.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).map_or(0, |i| i as u32);
         let ordinals = own.iter().map(|t| ordinal(&t.name)).collect();
@@ -62,14 +67,21 @@ impl Planned {
         Ok(Planned { union, plan, ordinals, names, world: None, basis })
     }
 
-    pub fn of_spec(me: u32, places: &[Place], world: Arc<World>, spec: &FromSpec, basis: Vec<Basis>) -> Result<Planned> {
+    pub fn of_spec(
+        me: u32,
+        places: &[Place],
+        staging: u64,
+        world: Arc<World>,
+        spec: &FromSpec,
+        basis: Vec<Basis>,
+    ) -> Result<Planned> {
         if spec.rank != me {
             bail!(RS_ERR_MISMATCH, "its preset was created for rank {}, its communicator says rank {me}", spec.rank);
         }
         if world.ranks() as usize > places.len() {
             bail!(RS_ERR_MISMATCH, "the spec has ranks up to {}, the communicator has {} ranks", world.ranks() - 1, places.len());
         }
-        let plan = closed::plan(me, places, &world)?;
+        let plan = closed::plan(me, places, staging, &world)?;
         let union = Union::new(world.tensors(), world.spec.digest);
         Ok(Planned { union, plan, ordinals: spec.ordinals.clone(), names: BTreeMap::new(), world: Some(world), basis })
     }

@@ -39,7 +39,7 @@ pub struct Rounds {
 impl Rounds {
     /// `None` without lanes. `may`: whether a buffer may be sent and received as it is.
     pub fn new(lanes: Vec<Lane>, may: &dyn Fn(u32) -> bool) -> Option<Rounds> {
-        let rounds = lanes.iter().map(|l| l.out.len().max(l.into.len())).max()?;
+        let rounds = lanes.iter().map(|l| l.first + l.out.len().max(l.into.len())).max()?;
         let parcels = lanes.iter().flat_map(|l| l.out.iter().chain(&l.into));
         let staged = parcels.flat_map(|p| p.copies.iter().map(|c| c.0)).filter(|&b| !may(b)).collect();
         let mut half = 0;
@@ -111,6 +111,8 @@ impl Rounds {
         for (round, [packing, unpacking]) in batches.rounds.iter().enumerate() {
             if let Some([sent, unpacked]) = if round < 2 { None } else { before.pop_front() } {
                 sent.before(pack)?;
+                // What landed then may be passed on now.
+                unpacked.before(pack)?;
                 unpacked.before(wire)?;
             }
             if let (0, Some([sent, _])) = (round % AHEAD, before.front()) {
@@ -122,7 +124,7 @@ impl Rounds {
             self.on_stream(run)?;
             let sent = Mark::new(device, wire)?;
             sent.before(unpack)?;
-            if self.lanes.iter().any(|l| l.into.len() > round) {
+            if self.lanes.iter().any(|l| l.at(1, round).is_some()) {
                 run.wrote.store(true, Ordering::Relaxed);
             }
             unpacking.start(unpack)?;
@@ -172,7 +174,7 @@ impl Rounds {
     /// What is packed in a round, or unpacked: each message with its slot.
     fn slots<'s>(&'s self, places: Places<'s>, round: usize, side: usize) -> impl Iterator<Item = Result<(&'s Parcel, Mem)>> {
         self.lanes.iter().enumerate().filter_map(move |(i, lane)| {
-            let p = [&lane.out, &lane.into][side].get(round).filter(|p| direct(p, &self.staged).is_none())?;
+            let p = lane.at(side, round).filter(|p| direct(p, &self.staged).is_none())?;
             Some(self.slot(places, round, i, side, p.bytes).map(|slot| (p, slot)))
         })
     }
@@ -201,10 +203,10 @@ impl Rounds {
         let group = run.comm.group().ok_or_else(|| lost("the communicator's group"))?;
         group.begin()?;
         for (i, lane) in self.lanes.iter().enumerate() {
-            if let Some(p) = lane.out.get(round) {
+            if let Some(p) = lane.at(0, round) {
                 group.send(self.place(run, round, i, 0, p)?, lane.peer, stream)?;
             }
-            if let Some(p) = lane.into.get(round) {
+            if let Some(p) = lane.at(1, round) {
                 if direct(p, &self.staged).is_some() {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
@@ -239,22 +241,22 @@ impl Rounds {
     fn unpack(&self, run: &Run<'_>, round: usize, done: &AtomicU64) -> Result<()> {
         match run.batches {
             Some(batches) => {
-                if self.lanes.iter().any(|l| l.into.len() > round) {
+                if self.lanes.iter().any(|l| l.at(1, round).is_some()) {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
                 batches.rounds[round][1].start(run.stream)?;
             }
             None => self.slots(run.places, round, 1).try_for_each(|slot| slot.and_then(|(p, slot)| run.unpack(p, slot)))?,
         }
-        let moved = |list: &[Parcel]| list.get(round).map_or(0, |p| p.bytes);
-        done.fetch_add(self.lanes.iter().map(|l| moved(&l.out) + moved(&l.into)).sum(), Ordering::Relaxed);
+        let moved = |lane: &Lane| [0, 1].iter().filter_map(|&side| lane.at(side, round)).map(|p| p.bytes).sum::<u64>();
+        done.fetch_add(self.lanes.iter().map(moved).sum(), Ordering::Relaxed);
         Ok(())
     }
 
     /// An error if a round needs more operations than a group may have.
     pub fn check(&self) -> Result<()> {
         let most = (0..self.rounds)
-            .map(|k| self.lanes.iter().map(|l| usize::from(l.out.len() > k) + usize::from(l.into.len() > k)).sum())
+            .map(|k| self.lanes.iter().map(|l| usize::from(l.at(0, k).is_some()) + usize::from(l.at(1, k).is_some())).sum())
             .max()
             .unwrap_or(0);
         if most > GROUP_LIMIT {

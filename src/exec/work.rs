@@ -6,10 +6,17 @@ use crate::comm::{Access, Windows};
 use crate::geom::StridedCopy;
 use crate::plan::local::Local;
 use crate::plan::rounds::messages;
-use crate::plan::{Piece, Plan};
+use crate::plan::{Piece, Plan, Stream};
+use std::collections::BTreeMap;
 
 /// Bytes of one unit of reading: small enough to share work among threads and to notice an abort, large enough to forget its cost.
 const UNIT: u64 = 2 << 20;
+
+/// Rounds between a message's landing at a relay and its going on: it is unpacked beside the next round, packed beside the one after.
+const BEHIND: usize = 2;
+
+/// A stream is cut into so many messages, where pieces and staging allow it: the longer it is, the less it matters how many ranks it passes.
+const RUN: u64 = 128;
 
 /// Whose memory a unit reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +63,19 @@ pub struct Parcel {
 pub struct Lane {
     /// The other rank.
     pub peer: u32,
+    /// The round of its first message: of a stream those before are still on their way to the sender.
+    pub first: usize,
     /// In the order of the pair.
     pub out: Vec<Parcel>,
     /// In the order of the pair.
     pub into: Vec<Parcel>,
+}
+
+impl Lane {
+    /// What goes out (side 0) or comes in (1) in a round.
+    pub fn at(&self, side: usize, round: usize) -> Option<&Parcel> {
+        [&self.out, &self.into][side].get(round.checked_sub(self.first)?)
+    }
 }
 
 /// What a sync does on this rank.
@@ -128,7 +144,7 @@ pub struct Reads<'a> {
 
 /// Rows of the owner's buffers that occur in the pieces of a pair, rising: what the owner offers and the reader expects.
 pub fn offer(pieces: &[Piece]) -> Vec<u32> {
-    let mut rows: Vec<u32> = pieces.iter().map(|p| p.src.buffer).collect();
+    let mut rows: Vec<u32> = pieces.iter().filter(|p| p.stream.is_none()).map(|p| p.src.buffer).collect();
     rows.sort_unstable();
     rows.dedup();
     rows
@@ -154,9 +170,36 @@ pub fn build(
     work.bytes.local = units(own.cloned(), Origin::Own, |row| row, &mut work.units);
     let doubles = plan.doubles.iter().filter(|p| accept(p.tensor));
     work.bytes.doubled = units(doubles.cloned(), Origin::Own, |row| row, &mut work.after);
+    // What is passed on goes in messages of groups, a lane for each stream; both ends have the lanes of a pair in the same order.
     for peer in &plan.peers {
-        let out: Vec<&Piece> = peer.out.iter().filter(|p| accept(p.tensor)).collect();
-        let into: Vec<&Piece> = peer.into.iter().filter(|p| accept(p.tensor)).collect();
+        let mut streams: BTreeMap<Stream, [Vec<&Piece>; 2]> = BTreeMap::new();
+        for (side, list) in [&peer.out, &peer.into].into_iter().enumerate() {
+            for p in list.iter().filter(|p| accept(p.tensor)) {
+                if let Some(stream) = p.stream {
+                    streams.entry(stream).or_default()[side].push(p);
+                }
+            }
+        }
+        for (stream, [out, into]) in streams {
+            let sum = |list: &[&Piece]| list.iter().map(|p| p.bytes()).sum::<u64>();
+            work.bytes.sent += sum(&out);
+            work.bytes.packed += sum(&out);
+            work.bytes.received += sum(&into);
+            // The same at every hop: the pieces are.
+            let longest = out.iter().chain(&into).map(|p| p.bytes()).max().unwrap_or(0);
+            let message = (sum(&out).max(sum(&into)) / RUN).max(longest).min(ways.message);
+            grouped.push(Lane {
+                peer: peer.rank,
+                first: BEHIND * stream.hop as usize,
+                out: parcels(out, message, |p, at| (p.src.buffer, p.pack(at))),
+                into: parcels(into, message, |p, at| (p.dst.buffer, p.unpack(at))),
+            });
+        }
+    }
+    for peer in &plan.peers {
+        let wanted = |p: &&Piece| p.stream.is_none() && accept(p.tensor);
+        let out: Vec<&Piece> = peer.out.iter().filter(wanted).collect();
+        let into: Vec<&Piece> = peer.into.iter().filter(wanted).collect();
         work.bytes.sent += out.iter().map(|p| p.bytes()).sum::<u64>();
         let received: u64 = into.iter().map(|p| p.bytes()).sum();
         work.bytes.received += received;
@@ -195,6 +238,7 @@ pub fn build(
             let (lanes, message) = reads.map_or((&mut grouped, ways.message), |r| (&mut work.lanes, r.message));
             lanes.push(Lane {
                 peer: peer.rank,
+                first: 0,
                 out: parcels(pack, message, |p, at| (p.src.buffer, p.pack(at))),
                 into: parcels(unpack, message, |p, at| (p.dst.buffer, p.unpack(at))),
             });

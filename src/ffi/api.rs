@@ -404,7 +404,7 @@ pub unsafe extern "C" fn rs_preset_layout(preset: *const rs_preset_t, out: *mut 
 ///   as the source has it), "sent", "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and
 ///   "ingress": [{"stage", "ranks", "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds"
 ///   (of messages, one of each pair), "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec
-///   has link_gb_per_s)}.
+///   has link_gb_per_s), "relayed" ("egress", "ingress" and "seconds" where all targets have RS_CONFIG_RELAY)}.
 /// - buf, cap, len: as in rs_container_describe().
 ///
 /// Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no

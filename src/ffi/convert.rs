@@ -182,6 +182,7 @@ pub unsafe fn config(config: *const rs_config_t, tables: *const rs_layout_t) -> 
         label: label.to_string(),
         device,
         host_id: (c.host_id != 0).then_some(c.host_id),
+        relays: c.flags & RS_CONFIG_RELAY != 0,
         staging: if c.staging_bytes == 0 { DEFAULT_STAGING } else { c.staging_bytes },
         staging_at: given,
         threads: threads(c.host_threads)?,
@@ -195,7 +196,7 @@ fn check(c: &rs_config_t) -> Result<()> {
     if c.abi != RS_ABI {
         bail!(RS_ERR_INVALID, "config.abi is {}, it must be RS_ABI, {RS_ABI} in this library", c.abi);
     }
-    flags(c.flags, RS_CONFIG_WATCHDOG, "config.flags")
+    flags(c.flags, RS_CONFIG_WATCHDOG | RS_CONFIG_RELAY, "config.flags")
 }
 
 fn threads(host_threads: u32) -> Result<usize> {

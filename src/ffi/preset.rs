@@ -122,7 +122,7 @@ impl PresetHandle {
                 RS_DESCRIBE_WORLD => totals(world, &places(), convert::DEFAULT_STAGING, spec.links),
                 RS_DESCRIBE_PLAN => {
                     let begun = Instant::now();
-                    let plan = closed::plan(preset.rank(), &places(), world)?;
+                    let plan = closed::plan(preset.rank(), &places(), convert::DEFAULT_STAGING, world)?;
                     let seconds = begun.elapsed().as_secs_f64();
                     let (sent, received) = plan.wire_bytes();
                     let doubled = plan.doubles.iter().map(Piece::bytes).sum::<u64>();

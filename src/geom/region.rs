@@ -73,6 +73,28 @@ impl Region {
         }
     }
 
+    /// Cut into boxes of `most` elements at most, in row-major order, along the slowest axes.
+    pub fn chunks(&self, most: u64) -> Vec<Region> {
+        let mut out = vec![];
+        self.chunks_into(most.max(1), &mut out);
+        out
+    }
+
+    fn chunks_into(&self, most: u64, out: &mut Vec<Region>) {
+        let volume = self.volume();
+        let Some(axis) = self.len.iter().position(|&n| n > 1).filter(|_| volume > most) else {
+            out.push(self.clone());
+            return;
+        };
+        let steps = (most / (volume / self.len[axis])).max(1);
+        for from in (0..self.len[axis]).step_by(steps as usize) {
+            let mut chunk = self.clone();
+            chunk.lo[axis] += from;
+            chunk.len[axis] = steps.min(self.len[axis] - from);
+            chunk.chunks_into(most, out);
+        }
+    }
+
     /// The `part`-th of `parts` nearly equal pieces along `axis`, cut at multiples of `grain`; `None` where it is empty.
     pub fn split(&self, axis: usize, part: u64, parts: u64, grain: u64) -> Option<Region> {
         let len = self.len[axis];
@@ -190,6 +212,26 @@ mod tests {
         let point = Region { lo: smallvec![], len: smallvec![] };
         for n in [2, 20] {
             assert_eq!(Index::new(vec![&point; n].into_iter()).meeting(&point).len(), n);
+        }
+    }
+
+    #[test]
+    fn chunks_cover_in_order_and_are_short() {
+        let r = Region { lo: smallvec![5, 1, 9], len: smallvec![7, 3, 10] };
+        for most in [1, 4, 10, 25, 30, 100, 209, 210] {
+            let chunks = r.chunks(most);
+            assert!(chunks.iter().all(|c| (1..=most).contains(&c.volume())), "{most}");
+            assert!(chunks.len() as u64 <= 2 * 210_u64.div_ceil(most).max(7), "{most}: {}", chunks.len());
+            let cells = |c: &Region| {
+                let (lo, len) = (c.lo.clone(), c.len.clone());
+                (0..c.volume()).map(move |i| [lo[0] + i / (len[1] * len[2]), lo[1] + i / len[2] % len[1], lo[2] + i % len[2]])
+            };
+            let all: Vec<[u64; 3]> = chunks.iter().flat_map(cells).collect();
+            let mut sorted = all.clone();
+            sorted.sort_unstable();
+            sorted.dedup();
+            assert_eq!(sorted.len(), 210, "{most}");
+            assert!(chunks.windows(2).all(|w| w[0].lo < w[1].lo), "{most}");
         }
     }
 

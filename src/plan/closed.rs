@@ -79,11 +79,11 @@ impl<'w> Alike<'w> {
 }
 
 /// The plan of rank `me`. Its buffers are those of its source side, then those of its target side; a peer's target is a row of the
-/// peer's target side.
-pub fn plan(me: u32, places: &[Place], world: &World) -> Result<Plan> {
+/// peer's target side, and so is what a peer passes on. `staging`: the least of all ranks.
+pub fn plan(me: u32, places: &[Place], staging: u64, world: &World) -> Result<Plan> {
     let mut plan = Plan::default();
     let mut alike = Alike::new(world, Some(me));
-    let mut router = Router::new(Some(me), places);
+    let mut router = Router::new(Some(me), places, staging);
     for (ordinal, id) in world.tensors_of(me) {
         let name = world.model().name(id);
         let known = alike.of(id, &name)?;
@@ -94,11 +94,13 @@ pub fn plan(me: u32, places: &[Place], world: &World) -> Result<Plan> {
     let sources = world.sides()[0].count(me);
     let into = plan.peers.iter_mut().flat_map(|p| &mut p.into);
     into.chain(&mut plan.doubles).for_each(|p| p.dst.buffer += sources);
+    let passed = plan.peers.iter_mut().flat_map(|p| &mut p.out).filter(|p| p.stream.is_some_and(|s| s.hop > 0));
+    passed.for_each(|p| p.src.buffer += sources);
     plan.doubles.iter_mut().for_each(|p| p.src.buffer += sources);
     Ok(plan)
 }
 
 /// Places of ranks that nobody has asked, `per_host` to a host; `None`: all on one.
 pub fn places(world: u32, per_host: Option<u64>) -> Vec<Place> {
-    (0..world).map(|r| Place { host: 1 + u64::from(r) / per_host.unwrap_or(u64::MAX), device: [0; 2] }).collect()
+    (0..world).map(|r| Place { host: 1 + u64::from(r) / per_host.unwrap_or(u64::MAX), device: [0; 2], relays: false }).collect()
 }

@@ -127,10 +127,10 @@ pub fn facts<'a>(me: u32, tables: &'a [Table], classes: &'a [Class]) -> Result<(
     Ok((union, facts))
 }
 
-/// A rank's plan from the tables of all.
-pub fn plan(me: u32, places: &[super::Place], known: &[Known<'_>]) -> Result<super::Plan> {
+/// A rank's plan from the tables of all. `staging`: the least of all ranks.
+pub fn plan(me: u32, places: &[super::Place], staging: u64, known: &[Known<'_>]) -> Result<super::Plan> {
     let mut plan = super::Plan::default();
-    let mut router = Router::new(Some(me), places);
+    let mut router = Router::new(Some(me), places, staging);
     for (tensor, facts) in known {
         let geometry = Geometry::new(Some(me), facts, tensor.name, Some(me))?;
         router.plan(facts, &geometry, tensor, &mut plan)?;

@@ -24,10 +24,11 @@ use crate::error::{Error, err};
 use crate::geom::{Axis, Pattern, Radix, Region, StridedCopy};
 use crate::layout::ranges;
 use smallvec::SmallVec;
+use std::collections::BTreeSet;
 
 /// Number of the rules in this module. Changes with any change of moves or of their order, so that ranks with different rules never
 /// plan together.
-pub const PLANNER_VERSION: u16 = 2;
+pub const PLANNER_VERSION: u16 = 3;
 
 /// Where a rank lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,18 @@ pub struct Place {
     pub host: u64,
     /// Identity of the device; zeros: none that two processes could share.
     pub device: [u64; 2],
+    /// Whether it passes on what its targets get.
+    pub relays: bool,
+}
+
+/// Boxes that pass from a source through the same ranks, one after the other. Each rank sends message k of a stream when it has got
+/// it, so all of them pack the same pieces into it: pieces are no longer than [`route::relay_piece`], and none is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stream {
+    /// Equal for the same source and the same ranks after it, and for no others.
+    pub id: u64,
+    /// 0 from the source, else the number of ranks that have passed it on.
+    pub hop: u32,
 }
 
 /// One axis of a piece.
@@ -70,6 +83,8 @@ pub struct Piece {
     pub item: u32,
     /// What happens to each element at the target; `None`: its bytes are copied.
     pub convert: Option<Convert>,
+    /// What it is a part of, if ranks pass it on. Beyond hop 0, `src` is a target of the sender.
+    pub stream: Option<Stream>,
     /// Number of the first element in the logical tensor.
     pub key: u64,
     /// First element at the source.
@@ -250,6 +265,20 @@ impl Plan {
         self.peers.iter().map(Peer::wire_bytes).fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1))
     }
 
+    /// Most channels of this rank: pairs of a peer and a stream, or no stream, that messages go through or come from.
+    pub fn channels(&self) -> u32 {
+        let count = |p: &Peer| {
+            let streams: BTreeSet<Option<Stream>> = p.out.iter().chain(&p.into).map(|p| p.stream).collect();
+            streams.len() as u32
+        };
+        self.peers.iter().map(count).sum()
+    }
+
+    /// Whether something is passed on to or by this rank, or will be.
+    pub fn streams(&self) -> bool {
+        self.peers.iter().flat_map(|p| p.out.iter().chain(&p.into)).any(|p| p.stream.is_some())
+    }
+
     /// Puts the pieces of each pair in their order: by tensor, then by box. No two of a pair have the same of both.
     fn sort(&mut self) {
         for peer in &mut self.peers {
@@ -289,7 +318,7 @@ pub(crate) fn piece(
     (from, src): (&owners::Held, Spot),
     (to, dst): (&owners::Held, Spot),
 ) -> Piece {
-    let mut piece = Piece { tensor, item, convert, key: radix.number(&region.lo), src, dst, axes: SmallVec::new() };
+    let mut piece = Piece { tensor, item, convert, stream: None, key: radix.number(&region.lo), src, dst, axes: SmallVec::new() };
     for i in 0..radix.digits() {
         if region.len[i] > 1 {
             piece.axes.push(PieceAxis {

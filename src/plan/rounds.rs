@@ -135,7 +135,16 @@ mod tests {
                         })
                         .collect();
                     let spot = Spot { buffer: 0, offset: rng.u64(0..9) };
-                    Piece { tensor, item: 1 << rng.u32(0..4), convert: None, key: rng.u64(0..9), src: spot, dst: spot, axes }
+                    Piece {
+                        tensor,
+                        item: 1 << rng.u32(0..4),
+                        convert: None,
+                        stream: None,
+                        key: rng.u64(0..9),
+                        src: spot,
+                        dst: spot,
+                        axes,
+                    }
                 })
                 .collect();
             let size = rng.u64(4096..20_000);

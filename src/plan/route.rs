@@ -4,12 +4,17 @@
 //! first tier that holds a box of b bytes, with n replicas, it is cut over c = clamp(b / 256 KiB, 1, n) consecutive replicas from
 //! (ordinal + c * q) mod n, q being the target's position among the targets that need this box from this tier.
 //!
+//! Where targets on other hosts need the same box and some of their ranks relay, the sources send it once: each part goes from its
+//! source to the first of these ranks, from there to the next, and so on in the order of ranks; those that do not relay come last, each
+//! behind a relay of its turn.
+//!
 //! What the boxes are, [`Geometry`] says, for classes of ranks and for all tensors that lie alike; which ranks exchange them, [`Router`].
 #![forbid(unsafe_code)]
 
 use super::owners::{Atom, Class, Held, Holder, atoms, held};
-use super::{Place, Plan, Spot, piece, shown};
-use crate::abi::{RS_ERR_COVERAGE, RS_ERR_UNSUPPORTED};
+use super::rounds::LEAST_MESSAGE;
+use super::{Place, Plan, Spot, Stream, piece, shown};
+use crate::abi::{RS_ERR_COVERAGE, RS_ERR_UNSUPPORTED, RS_TRANSFORM_NONE};
 use crate::convert::Convert;
 use crate::error::{Result, bail};
 use crate::geom::{Index, Radix, Region};
@@ -18,9 +23,16 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::rc::Rc;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// A box of this many bytes is worth a sender of its own.
 const SHARE: u64 = 256 << 10;
+
+/// Longest piece of a stream in bytes, where the rank with the least has so much staging: fits into a message of any rank with up to 256
+/// channels.
+pub fn relay_piece(staging: u64) -> u64 {
+    (staging / 1024).clamp(LEAST_MESSAGE, SHARE)
+}
 
 /// Long rows are cut at multiples of so many elements.
 const GRAIN: u64 = 128;
@@ -192,6 +204,8 @@ pub struct Router<'p> {
     /// This rank; `None`: all ranks are of interest.
     me: Option<u32>,
     places: &'p [Place],
+    /// Bytes of a piece that is passed on, at most.
+    relayed: u64,
     known: HashMap<Key, Rc<[Group]>>,
 }
 
@@ -199,8 +213,10 @@ pub struct Router<'p> {
 pub struct Sent<'g> {
     /// The part.
     pub part: Region,
-    /// Sender, and its source.
+    /// Sender, and its source, or its target if it passes the part on.
     pub from: (u32, &'g Held),
+    /// What it is passed on in.
+    pub stream: Option<Stream>,
     /// Receiver, and its target.
     pub to: (u32, &'g Held),
     /// How near they are: 1 to 3.
@@ -208,9 +224,9 @@ pub struct Sent<'g> {
 }
 
 impl<'p> Router<'p> {
-    /// For the moves of one rank, or with `None` of all. `places` are those of all ranks.
-    pub fn new(me: Option<u32>, places: &'p [Place]) -> Router<'p> {
-        Router { me, places, known: HashMap::new() }
+    /// For the moves of one rank, or with `None` of all. `places` are those of all ranks, of which the least has so much `staging`.
+    pub fn new(me: Option<u32>, places: &'p [Place], staging: u64) -> Router<'p> {
+        Router { me, places, relayed: relay_piece(staging), known: HashMap::new() }
     }
 
     /// Adds this rank's moves of one tensor to `plan`. Tensors come in the order of their ordinals.
@@ -227,10 +243,13 @@ impl<'p> Router<'p> {
             plan.doubles.push(piece(&geometry.radix, region, tensor.ordinal, item, (from, ends.0), (to, ends.1)));
         }
         self.send(facts, geometry, tensor.ordinal, &mut |s| {
-            let holders = (&facts.sources[s.from.1.holder as usize], &facts.targets[s.to.1.holder as usize]);
+            // A relay sends what it has got.
+            let (senders, side) = if s.stream.is_some_and(|s| s.hop > 0) { (&facts.targets, 1) } else { (&facts.sources, 0) };
+            let holders = (&senders[s.from.1.holder as usize], &facts.targets[s.to.1.holder as usize]);
             let item = format(tensor.name, (s.from.0, holders.0), (s.to.0, holders.1))?;
-            let ends = (spot(&facts.sources, 0, s.from.1, &s.part), spot(&facts.targets, 1, s.to.1, &s.part));
-            let piece = piece(&geometry.radix, &s.part, tensor.ordinal, item, (s.from.1, ends.0), (s.to.1, ends.1));
+            let ends = (spot(senders, side, s.from.1, &s.part), spot(&facts.targets, 1, s.to.1, &s.part));
+            let mut piece = piece(&geometry.radix, &s.part, tensor.ordinal, item, (s.from.1, ends.0), (s.to.1, ends.1));
+            piece.stream = s.stream;
             if s.from.0 == me {
                 plan.peer(s.to.0).out.push(piece);
             } else {
@@ -259,6 +278,17 @@ impl<'p> Router<'p> {
                 // Rows are cut where copies stay aligned, if they are so long that the parts stay even.
                 let rows = axis + 1 == share.region.len.len();
                 let grain = if rows && share.region.len[axis] >= 64 * GRAIN * c { GRAIN } else { 1 };
+                if let Some(order) = self.relays(facts, geometry, share, group, dtype) {
+                    let first = u64::from(ordinal) % n;
+                    for i in 0..c {
+                        let Some(part) = share.region.split(axis, i, c, grain) else { continue };
+                        let owner = group.near[((first + i) % n) as usize];
+                        let from = (owner.0, &geometry.sources[share.owners[owner.1 as usize] as usize]);
+                        let most = self.relayed / u64::from(dtype.1 / 8).max(1);
+                        self.pass_on(geometry, share, group, &order, from, (&part, most), found)?;
+                    }
+                    continue;
+                }
                 let place = self.me.and_then(|me| group.near.binary_search_by_key(&me, |o| o.0).ok());
                 for (q, need) in group.needs.iter().enumerate() {
                     let first = (u64::from(ordinal) + c * q as u64) % n;
@@ -276,9 +306,71 @@ impl<'p> Router<'p> {
                         let Some(part) = share.region.split(axis, i, c, grain) else { continue };
                         let from = (owner.0, &geometry.sources[share.owners[owner.1 as usize] as usize]);
                         let to = (need.0, &geometry.targets[share.needs[need.1 as usize] as usize]);
-                        found(Sent { part, from, to, tier: group.tier })?;
+                        found(Sent { part, from, to, tier: group.tier, stream: None })?;
                     }
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// The order in which the ranks that need a box get it, by place in [`Group::needs`], and how many of them, the first, pass it on;
+    /// `None`: sources send it to each.
+    fn relays(
+        &self,
+        facts: &TensorFacts<'_>,
+        geometry: &Geometry,
+        share: &Share,
+        group: &Group,
+        dtype: (u8, u8),
+    ) -> Option<(Vec<usize>, usize)> {
+        if group.tier != 3 || group.needs.len() < 2 {
+            return None;
+        }
+        // What lands there must be what the source has.
+        let relays = |place: &usize| {
+            let (rank, need) = group.needs[*place];
+            let target = &facts.targets[geometry.targets[share.needs[need as usize] as usize].holder as usize];
+            self.places[rank as usize].relays && target.dtype == dtype && target.transform == RS_TRANSFORM_NONE
+        };
+        let (mut order, last): (Vec<usize>, Vec<usize>) = (0..group.needs.len()).partition(relays);
+        let count = order.len();
+        order.extend(last);
+        (count > 0).then_some((order, count))
+    }
+
+    /// Tells `found` how a part passes from a source through the ranks that need it: in pieces of `most` elements, as far as this rank is
+    /// concerned; or as a whole, for all.
+    #[allow(clippy::too_many_arguments)] // All of it is what `send` has found out about a box.
+    fn pass_on<'g>(
+        &self,
+        geometry: &'g Geometry,
+        share: &'g Share,
+        group: &Group,
+        (order, relays): &(Vec<usize>, usize),
+        source: (u32, &'g Held),
+        (part, most): (&Region, u64),
+        found: &mut dyn FnMut(Sent<'g>) -> Result<()>,
+    ) -> Result<()> {
+        let end = |place: usize| {
+            let (rank, need) = group.needs[order[place]];
+            (rank, &geometry.targets[share.needs[need as usize] as usize])
+        };
+        let ranks = std::iter::once(source.0).chain((0..order.len()).map(|p| end(p).0)).chain([*relays as u32]);
+        let id = xxh3_64(&ranks.flat_map(u32::to_le_bytes).collect::<Vec<u8>>());
+        for place in 0..order.len() {
+            let to = end(place);
+            // Each relay behind the one before it; the rest behind the relays by turns, the last first: it sends to none else.
+            let before = if place < *relays { place.checked_sub(1) } else { Some(relays - 1 - (place - relays) % relays) };
+            let (from, hop) = before.map_or((source, 0), |b| (end(b), b as u32 + 1));
+            if self.me.is_some_and(|me| me != from.0 && me != to.0) {
+                continue;
+            }
+            let near = self.places[from.0 as usize].host == self.places[to.0 as usize].host;
+            let tier = if hop > 0 && near { 2 } else { group.tier };
+            let pieces = if self.me.is_some() { part.chunks(most) } else { vec![part.clone()] };
+            for part in pieces {
+                found(Sent { part, from, to, tier, stream: Some(Stream { id, hop }) })?;
             }
         }
         Ok(())

@@ -36,7 +36,7 @@ fn world(rng: &mut fastrand::Rng) -> (Vec<Table>, Vec<Place>) {
         }
         tables.push(t);
     }
-    let places = tables.iter().map(|_| Place { host: rng.u64(1..3), device: [rng.u64(0..2), 0] }).collect();
+    let places = tables.iter().map(|_| Place { host: rng.u64(1..3), device: [rng.u64(0..2), 0], relays: rng.bool() }).collect();
     (tables, places)
 }
 
@@ -63,8 +63,9 @@ fn both_ends_agree_and_nothing_crosses_twice() {
     let (mut crossed, mut doubled) = (0, 0);
     for _ in 0..400 {
         let (tables, places) = world(&mut rng);
-        let plans: Vec<Plan> =
-            (0..tables.len() as u32).map(|me| plan(me, &places, &facts(me, &tables, &classes(9)).unwrap().1).unwrap()).collect();
+        let plans: Vec<Plan> = (0..tables.len() as u32)
+            .map(|me| plan(me, &places, 1 << 20, &facts(me, &tables, &classes(9)).unwrap().1).unwrap())
+            .collect();
         for (a, plan) in plans.iter().enumerate() {
             for peer in &plan.peers {
                 let back = plans[peer.rank as usize].peers.iter().find(|p| p.rank == a as u32).expect("the other end knows");
@@ -134,14 +135,55 @@ fn large_boxes_are_cut_over_replicas_in_turn() {
     };
     // Four sources on two hosts, a target beside two of them, one on a host of its own.
     let tables: Vec<Table> = [1, 1, 1, 1, 2, 2].map(whole).into();
-    let places: Vec<Place> = [1, 1, 2, 2, 2, 3].map(|host| Place { host, device: [0, 0] }).into();
+    let places: Vec<Place> = [1, 1, 2, 2, 2, 3].map(|host| Place { host, device: [0, 0], relays: false }).into();
     let sent = |rank: u32, to: u32| -> u64 {
-        let p = plan(rank, &places, &facts(rank, &tables, &classes(6)).unwrap().1).unwrap();
+        let p = plan(rank, &places, 1 << 20, &facts(rank, &tables, &classes(6)).unwrap().1).unwrap();
         p.peers.iter().filter(|p| p.rank == to).flat_map(|p| &p.out).map(Piece::bytes).sum()
     };
     let mib = 1 << 20;
     assert_eq!([0, 1, 2, 3].map(|r| sent(r, 4)), [0, 0, mib, mib]);
     assert_eq!([0, 1, 2, 3].map(|r| sent(r, 5)), [mib / 2; 4]);
+}
+
+#[test]
+fn replicas_pass_on_what_sources_send_once() {
+    const MIB: u64 = 1 << 20;
+    let tensors = vec![Tensor { name: "w".into(), shape: vec![2048, 1024], elements: 2 * MIB }];
+    let rows = |role, rows: (u64, u64)| Table {
+        tensors: tensors.clone(),
+        buffers: vec![TableBuffer { name: "p".into(), role, dtype: (4, 16) }],
+        tiles: vec![Tile {
+            tensor: 0,
+            buffer: 0,
+            pattern: Pattern {
+                key: rows.0 * 1024,
+                val: 0,
+                axes: [Axis { extent: (rows.1 - rows.0) * 1024, key: 1, val: 1 }].into_iter().collect(),
+            },
+            transform: 0,
+        }],
+    };
+    // Two sources with a half each; replicas on hosts of their own, of which the last passes nothing on where there are several.
+    for (replicas, relays) in [(1, true), (4, false), (4, true), (16, true)] {
+        let world = 2 + replicas;
+        let mut tables = vec![rows(1, (0, 1024)), rows(1, (1024, 2048))];
+        tables.extend((0..replicas).map(|_| rows(2, (0, 2048))));
+        let place =
+            |r: usize| Place { host: r.saturating_sub(1) as u64, device: [0; 2], relays: relays && (2..world - 1).contains(&r) };
+        let places: Vec<Place> = (0..world).map(place).collect();
+        let classes = classes(world as u32);
+        let plans: Vec<Plan> =
+            (0..world as u32).map(|me| plan(me, &places, 256 * MIB, &facts(me, &tables, &classes).unwrap().1).unwrap()).collect();
+        let bytes: Vec<(u64, u64)> = plans.iter().map(Plan::wire_bytes).collect();
+        let copies = if relays { 1 } else { replicas as u64 };
+        assert!(bytes[..2].iter().all(|b| *b == (copies * 2 * MIB, 0)), "{replicas} replicas, relays {relays}: {bytes:?}");
+        assert!(bytes[2..].iter().all(|b| b.0 <= 4 * MIB && b.1 == 4 * MIB), "{replicas} replicas, relays {relays}: {bytes:?}");
+        for (rank, plan) in plans.iter().enumerate() {
+            for p in plan.peers.iter().flat_map(|peer| peer.out.iter().chain(&peer.into)) {
+                assert!(p.stream.is_none() || p.bytes() <= route::relay_piece(256 * MIB), "rank {rank}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -159,9 +201,9 @@ fn small_boxes_go_round_the_replicas() {
             .collect(),
     };
     let tables: Vec<Table> = [1, 1, 1, 1, 2, 2].map(whole).into();
-    let places = [Place { host: 1, device: [0, 0] }; 6];
+    let places = [Place { host: 1, device: [0, 0], relays: false }; 6];
     for source in 0..4 {
-        let plan = plan(source, &places, &facts(source, &tables, &classes(6)).unwrap().1).unwrap();
+        let plan = plan(source, &places, 1 << 20, &facts(source, &tables, &classes(6)).unwrap().1).unwrap();
         let sent: Vec<(u32, usize)> = plan.peers.iter().map(|p| (p.rank, p.out.len())).collect();
         assert_eq!(sent, [(4, 16), (5, 16)], "source {source}");
     }
@@ -185,9 +227,9 @@ fn ten_thousand_tiles_of_one_tensor() {
             .collect(),
     };
     let tables = [rows(1), rows(2)];
-    let places = [Place { host: 1, device: [0, 0] }; 2];
+    let places = [Place { host: 1, device: [0, 0], relays: false }; 2];
     let classes = classes(2);
     let (_, facts) = facts(1, &tables, &classes).unwrap();
-    let plan = plan(1, &places, &facts).unwrap();
+    let plan = plan(1, &places, 1 << 20, &facts).unwrap();
     assert_eq!(plan.peers[0].into.len() as u64, N);
 }

@@ -30,9 +30,22 @@ struct Sums {
 
 /// Totals of a world on given places, with messages of so much staging a rank; `seconds` where there are `links`.
 pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links>) -> Result<Value> {
-    let mut sums = Sums { traffic: vec![[[0; 2]; 2]; places.len()], ..Sums::default() };
     let mut alike = Alike::new(world, None);
-    let mut router = Router::new(None, places);
+    let plain = sums(world, places, staging, &mut alike)?;
+    let mut out = plain.report(world, staging, links);
+    // The same where all targets pass on what they get.
+    let places: Vec<Place> = places.iter().map(|p| Place { relays: true, ..*p }).collect();
+    let relayed = sums(world, &places, staging, &mut alike)?;
+    out["relayed"] = json!({"egress": relayed.balance(world, 0), "ingress": relayed.balance(world, 1)});
+    if let Some(links) = links {
+        out["relayed"]["seconds"] = json!(relayed.seconds(links));
+    }
+    Ok(out)
+}
+
+fn sums<'w>(world: &'w World, places: &[Place], staging: u64, alike: &mut Alike<'w>) -> Result<Sums> {
+    let mut sums = Sums { traffic: vec![[[0; 2]; 2]; places.len()], ..Sums::default() };
+    let mut router = Router::new(None, places, staging);
     for (ordinal, id) in (0..).zip(world.model().all()) {
         let known = alike.of(id, &world.model().name(id))?;
         let (facts, geometry) = &*known;
@@ -52,7 +65,7 @@ pub fn totals(world: &World, places: &[Place], staging: u64, links: Option<Links
             Ok(())
         })?;
     }
-    Ok(sums.report(world, staging, links))
+    Ok(sums)
 }
 
 impl Sums {
@@ -94,13 +107,18 @@ impl Sums {
             "rounds_over_busiest": figure,
         });
         if let Some(links) = links {
-            let time = |t: &[[u64; 2]; 2]| {
-                let of = |bytes: [u64; 2], rate: f64| bytes[0].max(bytes[1]) as f64 / (rate * 1e9);
-                of(t[0], links.same_host).max(of(t[1], links.network))
-            };
-            out["seconds"] = json!(self.traffic.iter().map(time).fold(0.0, f64::max));
+            out["seconds"] = json!(self.seconds(links));
         }
         out
+    }
+
+    /// How long the busiest rank's links take.
+    fn seconds(&self, links: Links) -> f64 {
+        let time = |t: &[[u64; 2]; 2]| {
+            let of = |bytes: [u64; 2], rate: f64| bytes[0].max(bytes[1]) as f64 / (rate * 1e9);
+            of(t[0], links.same_host).max(of(t[1], links.network))
+        };
+        self.traffic.iter().map(time).fold(0.0, f64::max)
     }
 
     fn total(&self) -> u64 {

@@ -58,7 +58,7 @@ class Rank:
                 box = [self.rows, self.cols], [self.first, 0], array.shape, [self.cols, 1]
                 tensor = layout.tensor(f"model.{t}", [self.rows, self.cols])
                 layout.tile(tensor, layout.buffer(f"model.{t}", array, role), 0, *box)
-            self.container = reshard.Container(layout, comm, f"rank {self.rank}", timeout_ms=int(os.environ["TIMEOUT_MS"]))
+            self.container = reshard.Container(layout, comm, f"rank {self.rank}", timeout_ms=int(os.environ["TIMEOUT_MS"]), flags=int(os.environ.get("RELAY", "0")))
         if self.comm:
             self.comm.close()
         self.comm = comm

@@ -14,7 +14,7 @@ from ranks import EXAMPLES, Process, ask  # noqa: E402
 LIBRARY, MODEL, ENGINE = (os.path.abspath(path) for path in sys.argv[1:])
 MB = 1 << 20
 TIMEOUT_MS = 4000
-ROWS, COLS = 2048, 2048
+ROWS, COLS, TENSORS = 2048, 2048, 8
 # All of it over the links: no shared memory between hosts that are really one, and no InfiniBand, whose module of NIXL 1.5.1's wheel
 # crashes at a process's end where there is none.
 os.environ |= {"UCX_TLS": "tcp", "UCX_MODULES": "^ib", "UCX_NET_DEVICES": "eth0", "RESHARD_NIXL": LIBRARY, "NIXL_LOG_LEVEL": "FATAL"}
@@ -50,13 +50,13 @@ def the_model():
 class Ranks:
     """Processes, two on each host."""
 
-    def __init__(self, net):
-        self.net, self.runs, self.all = net, 0, []
-        self.start(8)
+    def __init__(self, net, world=8, timeout_ms=TIMEOUT_MS):
+        self.net, self.runs, self.all, self.timeout_ms = net, 0, [], timeout_ms
+        self.start(world)
 
     def start(self, world):
         ranks = range(len(self.all), world)
-        self.all += [Process(rank, ROWS, COLS, TIMEOUT_MS, self.net.on(rank // 2)) for rank in ranks]
+        self.all += [Process(rank, ROWS, COLS, self.timeout_ms, self.net.on(rank // 2)) for rank in ranks]
 
     def ask(self, line):
         return ask(self.all, line)
@@ -94,6 +94,33 @@ def slow_links():
     expect(max(sent) < 1.05 * min(sent), "the two hosts did not send alike")
     expect(max(rx for rx, _ in wire[2:]) < 0.55 * 1.05 * weights, "a host received what the other one needs")
     expect(seconds < 1.6 * least, "it took as long as from one host")
+
+
+def replicas():
+    """Engines that want the same: where they relay, the sources send it once, however many there are."""
+    mbit, weights = 100, TENSORS * ROWS * COLS * 2
+    took = {}
+    for engines, relay in [(1, False), (4, False), (1, True), (2, True), (4, True)]:
+        os.environ["RELAY"] = "2" if relay else "0"  # RS_CONFIG_RELAY
+        with Net(2 + 2 * engines) as net:
+            ranks = Ranks(net, 4 + 4 * engines, 60_000)
+            ranks.join()
+            ranks.ask("sync 1")
+            for host in range(len(net.hosts)):
+                net.limit(host, mbit)
+            before = net.bytes()
+            # Of the rank that came last: the others waited for it first.
+            took[engines, relay] = min(answer["seconds"] for answer in ranks.ask("sync 2"))
+            wire = since(before, net.bytes())
+            ranks.end()
+        sent = sum(tx for _, tx in wire[:2])
+        print(f"  {engines} engines, relays {'on' if relay else 'off'}: sources sent {sent / weights:.2f} copies, {took[engines, relay]:.1f} s", flush=True)
+        copies = 1 if relay else engines
+        expect(copies <= sent / weights < 1.05 * copies, f"the sources sent {sent} bytes")
+        expect(max(tx for _, tx in wire) < 0.55 * copies * weights, f"a host sent more than its share: {wire}")
+    del os.environ["RELAY"]
+    expect(took[4, False] > 3 * took[1, False], f"links are not what takes the time: {took}")
+    expect(took[4, True] < 2 * took[1, True], f"four engines that relay take too long: {took}")
 
 
 def a_lost_link():
@@ -136,7 +163,7 @@ def an_engine_comes_and_goes():
         ranks.end()
 
 
-for test in [test for test in [the_model, slow_links, a_lost_link, an_engine_comes_and_goes] if test.__name__ in os.environ.get("RESHARD_HOSTS", test.__name__).split()]:
+for test in [test for test in [the_model, slow_links, replicas, a_lost_link, an_engine_comes_and_goes] if test.__name__ in os.environ.get("RESHARD_HOSTS", test.__name__).split()]:
     print(f"--- {test.__doc__.strip().splitlines()[0]}", flush=True)
     test()
 print("several hosts: all is well")

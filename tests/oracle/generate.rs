@@ -6,7 +6,7 @@ use super::place::{Gaps, place};
 use super::truth::Census;
 use super::views::{Piece, chance, factors, review, whole};
 use fastrand::Rng;
-use reshard::abi::{RS_SOURCE, RS_TARGET, RS_TRANSFORM_NONE, rs_dtype_t};
+use reshard::abi::{RS_CONFIG_RELAY, RS_CONFIG_WATCHDOG, RS_SOURCE, RS_TARGET, RS_TRANSFORM_NONE, rs_dtype_t};
 
 const BOTH: u32 = RS_SOURCE | RS_TARGET;
 /// Staging memory, by peer, that every plan finds enough.
@@ -42,13 +42,17 @@ pub fn case(seed: u64, world: Option<usize>) -> Case {
         prune(rng, &mut case);
     }
     let host_mode = rng.u32(0..3);
+    // Some pass weights on, through more channels than they have peers.
+    let relay_mode = chance(rng, 30);
     for rank in &mut case.ranks {
         finish(rng, rank, case.tensors.len());
         rank.host = if host_mode == 0 { 0 } else { rng.u64(if host_mode == 1 { 1 } else { 0 }..=2) };
-        rank.staging = if chance(rng, 30) { 0 } else { LEAST_STAGING * rng.u64(world as u64..=2 * world as u64) };
+        let most = if relay_mode { 16 } else { 1 } * world as u64;
+        rank.staging = if chance(rng, 30) { 0 } else { LEAST_STAGING * rng.u64(most..=2 * most) };
         rank.threads = rng.u32(0..4);
         rank.lends = rank.staging > 0 && chance(rng, 30);
-        rank.flags = if rng.u32(0..8) == 0 { reshard::abi::RS_CONFIG_WATCHDOG } else { 0 };
+        rank.flags = if rng.u32(0..8) == 0 { RS_CONFIG_WATCHDOG } else { 0 };
+        rank.flags |= if relay_mode && chance(rng, 60) { RS_CONFIG_RELAY } else { 0 };
     }
     case
 }

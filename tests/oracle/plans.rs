@@ -3,7 +3,7 @@
 use super::library::Container;
 use super::model::{Case, item};
 use super::truth::{held, lower_bound};
-use reshard::abi::{RS_SOURCE, RS_TARGET};
+use reshard::abi::{RS_CONFIG_RELAY, RS_SOURCE, RS_TARGET};
 use serde_json::Value;
 use std::collections::HashMap;
 
@@ -115,10 +115,12 @@ fn shared_bytes(case: &Case, rank: usize) -> u64 {
 }
 
 /// Each element of each target has one sender, which holds it: this rank if it can, else one of the same GPU, else one of the same host
-/// if one can. A second tile of an element that came from afar is filled from the first.
+/// if one can, else a rank that passes on what it gets, or any source. A second tile of an element that came from afar is filled from the
+/// first.
 fn check_boxes(case: &Case, rank: usize, containers: &[Container]) -> Result<(), String> {
     let container = &containers[rank];
     let sources: Vec<Vec<Vec<u32>>> = (0..case.ranks.len()).map(|r| held(case, r, RS_SOURCE)).collect();
+    let targets: Vec<Vec<Vec<u32>>> = (0..case.ranks.len()).map(|r| held(case, r, RS_TARGET)).collect();
     let host = |r: usize| case.ranks[r].host;
     let mut came: HashMap<(usize, usize), u32> = HashMap::new();
     for (b, buffer) in case.ranks[rank].buffers.iter().enumerate().filter(|(_, b)| b.role & RS_TARGET != 0) {
@@ -135,7 +137,8 @@ fn check_boxes(case: &Case, rank: usize, containers: &[Container]) -> Result<(),
                 return fail("an unknown tensor".into());
             };
             let (from, size, double) = (number(entry, "from") as usize, number(entry, "bytes"), entry["via"] == "double");
-            let role = if double { RS_TARGET } else { RS_SOURCE };
+            let relay = entry["via"] == "relay";
+            let role = if double || relay { RS_TARGET } else { RS_SOURCE };
             let named = |o: &super::model::Buffer| o.role & role != 0 && o.name == entry["param_from"];
             let tensor = &case.tensors[t];
             let item = if double { item(tensor.target) } else { tensor.item() } as u64;
@@ -169,7 +172,11 @@ fn check_boxes(case: &Case, rank: usize, containers: &[Container]) -> Result<(),
                     None => 2 + u32::from(host(r) != host(rank)),
                 };
                 let nearest = (0..case.ranks.len()).filter(|&r| has(r)).map(near).min();
-                if !double && (!has(from) || nearest != Some(near(from))) {
+                let lands = |r: usize| case.ranks[r].flags & RS_CONFIG_RELAY != 0 && targets[r][t][e] > 0;
+                if relay && (!lands(from) || from == rank || nearest != Some(3)) {
+                    return fail(format!("element {e} of {} is passed on by rank {from}", entry["tensor"]));
+                }
+                if !double && !relay && (!has(from) || nearest != Some(near(from))) {
                     return fail(format!("element {e} of {} comes from rank {from}", entry["tensor"]));
                 }
                 let times = came.entry((t, e)).or_default();

@@ -33,7 +33,7 @@ pub fn run(case: &Case) -> Result<(), String> {
         }
     }
     let mut other = generate::case((mix(case.seed + 1) << 2) | (case.seed % 4), Some(case.ranks.len()));
-    other.ranks.iter_mut().zip(&case.ranks).for_each(|(new, old)| new.host = old.host);
+    other.ranks.iter_mut().zip(&case.ranks).for_each(|(new, old)| (new.host, new.flags) = (old.host, old.flags));
     if chance(rng, 25) {
         world.rebuild(&other, rng)?;
         plans::check(&other, &world.containers, true)?;

@@ -88,12 +88,12 @@ pub fn check(model: &Model, source: &Side, target: &Side) -> Result<Seen, String
     let places = places(ranks, Some(RANKS_PER_HOST));
     let (mut agree, mut pieces) = (Agree::default(), 0);
     for r in 0..ranks {
-        let plan = plan(r, &places, &job.world).map_err(|e| format!("rank {r}: {e}: {}", shown()))?;
+        let plan = plan(r, &places, 256 << 20, &job.world).map_err(|e| format!("rank {r}: {e}: {}", shown()))?;
         agree.add(r as usize, &plan, job.world.sides()[0].count(r))?;
         pieces += job.covered(r as usize, &plan).map_err(|e| format!("rank {r}: {e}"))?;
     }
     let transfers = agree.judge().map_err(|(a, b)| {
-        let of = |r: usize| plan(r as u32, &places, &job.world).expect("planned before");
+        let of = |r: usize| plan(r as u32, &places, 256 << 20, &job.world).expect("planned before");
         difference(&of(a), &of(b), (a, b), job.world.sides()[0].count(b as u32))
     })?;
     let (egress, rounds) = (job.egress.judge()?, Rounds::new(ranks as usize, &transfers));

@@ -154,7 +154,7 @@ fn all_plan(spec: &str) -> Result<(), String> {
     let places = places(world.ranks(), Some(8));
     let (mut sent, mut received) = (0, 0);
     for rank in 0..world.ranks() {
-        let plan = plan(rank, &places, &world).map_err(|e| format!("rank {rank}: {e}"))?;
+        let plan = plan(rank, &places, 256 << 20, &world).map_err(|e| format!("rank {rank}: {e}"))?;
         let (out, into) = plan.wire_bytes();
         (sent, received) = (sent + out, received + into);
     }

@@ -398,8 +398,8 @@ impl Peer {
                     self.registered.push_back(std::mem::take(&mut self.partial));
                 }
             }
-            // A group has one message of a pair, and the next one follows when that was read.
-            Note::Ready(number, block) if self.ready.len() < 4 => self.ready.push_back((number, block)),
+            // As many as a group can have.
+            Note::Ready(number, block) if self.ready.len() < 4096 => self.ready.push_back((number, block)),
             Note::Read(number) if number == self.read && number < self.sent => self.read += 1,
             Note::Ready(..) | Note::Read(_) => return None,
         }
