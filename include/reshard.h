@@ -612,7 +612,7 @@ typedef struct rs_comm_ops_t {
     int32_t world_size;
     /**
      * Collective, host memory: `bytes` (the same number everywhere) from every rank, in rank order, into `recv` (world_size * bytes).
-     * Returns within timeout_ms, with an error if a rank is missing then. Required.
+     * Returns within timeout_ms, with an error if a rank is missing then; neither memory is touched after it has returned. Required.
      */
     rs_status_t (*allgather)(void *ctx, const void *send, void *recv, uint64_t bytes, uint32_t timeout_ms);
     /** Opens a group of sends and receives. Required. */

@@ -476,7 +476,7 @@ pub struct rs_comm_ops_t {
     /// Number of ranks.
     pub world_size: i32,
     /// Collective, host memory: `bytes` (the same number everywhere) from every rank, in rank order, into `recv` (world_size * bytes).
-    /// Returns within timeout_ms, with an error if a rank is missing then. Required.
+    /// Returns within timeout_ms, with an error if a rank is missing then; neither memory is touched after it has returned. Required.
     pub allgather: Option<
         unsafe extern "C" fn(ctx: *mut c_void, send: *const c_void, recv: *mut c_void, bytes: u64, timeout_ms: u32) -> rs_status_t,
     >,

@@ -67,7 +67,7 @@ asan_c() {
     mkdir -p "$work"
     sanitized build --lib
     for source in cpp_examples/*.c cpp_examples/*.cpp tests/install/app.c tests/programs/handles.cpp; do
-        [[ $source == */nccl.cpp ]] && continue # wants NVIDIA's headers
+        [[ $source =~ /(nccl|own_comm)\.cpp$ ]] && continue # want NVIDIA's headers, and MPI's
         echo "$source"
         asan_link "$work/program" "$source"
         "$work/program"
@@ -97,6 +97,7 @@ step standin         300 tests/standin/selftest.sh
 step nccl            300 tests/nccl.sh
 step nixl            600 tests/nixl.sh
 step faults          300 tests/faults/run.sh
+step mpi             300 tests/mpi.sh
 step gpu             900 tests/standin/run.sh
 step install         600 tests/install.sh
 step asan-rust      1200 asan_rust
