@@ -1,9 +1,11 @@
-"""Layouts and memory that change while a job runs: experts that move to other slots, a part of the tensors, memory that goes elsewhere.
+"""Layouts, memory and ranks that change while a job runs: experts that move to other slots, a part of the tensors, memory that goes
+elsewhere, engines that come and go.
 
 A model with experts goes from whole tensors on rank 0 to engines that hold its experts by a map; what each slot must hold is written
 down here from the tensors alone.
 """
 
+import itertools
 import mmap
 
 import numpy as np
@@ -21,8 +23,9 @@ W13 = "model.layers.{}.mlp.experts.routed_experts.w13_weight"
 TIMEOUT_MS = 20_000
 
 
-def spec(maps):
-    target = {"framework": "vllm", "ranks": f"1-{ENGINES}", "tensor_parallel_size": ENGINES, "enable_expert_parallel": True}
+def spec(maps, replicas):
+    target = {"framework": "vllm", "ranks": f"1-{ENGINES * replicas}", "tensor_parallel_size": ENGINES, "enable_expert_parallel": True}
+    target["replicas"] = replicas
     if maps:
         target["physical_to_logical_map"] = maps
     return {"model": CONFIG, "source": {"framework": "hf", "ranks": [0]}, "target": target}
@@ -43,21 +46,37 @@ class Memory:
 
 
 class Job:
-    """All ranks as threads; rank 0 has whole tensors, the others are one engine's."""
+    """All ranks as threads; rank 0 has whole tensors, the others are the engines', at first of one."""
 
     def __init__(self, maps, hub):
-        self.presets, self.memory, self.containers = {}, {}, {}
-        self.comms = {rank: worlds.LoopbackComm(hub, rank, ENGINES + 1) for rank in range(ENGINES + 1)}
-        for rank, comm in self.comms.items():
+        self.presets, self.memory, self.containers, self.comms = {}, {}, {}, {}
+        self.engines(1, maps, hub)
+
+    def engines(self, replicas, maps, hub):
+        """So many engines from now on: ranks that stay get the new spec and new ranks beside them."""
+        self.replicas = replicas
+        world = 1 + ENGINES * replicas
+        for rank in [rank for rank in self.containers if rank >= world]:
+            for handles in (self.containers, self.comms, self.presets):
+                handles.pop(rank).close()
+            self.memory = {key: memory for key, memory in self.memory.items() if key[0] != rank}
+        for rank in range(world):
+            comm = worlds.LoopbackComm(hub, rank, world)
             self.describe(rank, maps)
-            self.containers[rank] = Container(self.presets[rank], comm, f"rank {rank}", TIMEOUT_MS)
+            if rank in self.containers:
+                self.rebind(rank)
+                self.containers[rank].set_comm(comm)
+                self.comms[rank].close()
+            else:
+                self.containers[rank] = Container(self.presets[rank], comm, f"rank {rank}", TIMEOUT_MS)
+            self.comms[rank] = comm
         self.everywhere(lambda c: c.connect())
 
     def describe(self, rank, maps):
         """A preset with memory for whatever has none of its shape yet."""
         if rank in self.presets:
             self.presets[rank].close()
-        preset = self.presets[rank] = Preset(spec(maps), rank)
+        preset = self.presets[rank] = Preset(spec(maps, self.replicas), rank)
         for p in preset.describe(reshard.DESCRIBE_LAYOUT)["params"]:
             key, shape = (rank, p["name"]), tuple(p["shape"])
             if key not in self.memory or self.memory[key].array.shape != shape:
@@ -83,8 +102,8 @@ class Job:
         """Every slot of every engine holds its expert, of the version that its layer is at."""
         for layer in range(LAYERS):
             per_rank = len(slots[layer]) // ENGINES
-            for at, expert in enumerate(slots[layer]):
-                got = self.memory[1 + at // per_rank, W13.format(layer)].array[at % per_rank]
+            for engine, (at, expert) in itertools.product(range(self.replicas), enumerate(slots[layer])):
+                got = self.memory[1 + engine * ENGINES + at // per_rank, W13.format(layer)].array[at % per_rank]
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{{}}_proj.weight"
                 halves = [self.version(name.format(half), (WIDTH, HIDDEN), numbers[layer]) for half in ("gate", "up")]
                 check((got == np.concatenate(halves)).all(), f"layer {layer}, slot {at}: not expert {expert}, version {numbers[layer]}")
@@ -162,8 +181,22 @@ def check_moved_source():
     return 1
 
 
+def check_engines():
+    """Engines come and go between two syncs; the trainer and those that stay are not started again."""
+    job = Job(None, next(worlds.hubs))
+    job.everywhere(lambda c: c.sync(1))
+    job.check_experts(LINEAR, [1] * LAYERS)
+    for number, replicas in ((2, 2), (3, 1), (4, 3)):
+        job.train(number)
+        job.engines(replicas, None, next(worlds.hubs))
+        job.everywhere(lambda c: c.sync(number))
+        job.check_experts(LINEAR, [number] * LAYERS)
+    job.close()
+    return 4
+
+
 def main():
-    parts = {part.__name__.removeprefix("check_"): part() for part in (check_rebalance, check_subset, check_moved_source)}
+    parts = {part.__name__.removeprefix("check_"): part() for part in (check_rebalance, check_subset, check_moved_source, check_engines)}
     print("changes: " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
 
 
