@@ -38,7 +38,7 @@ fn table(role: u32, half: u64, by_rows: bool) -> Table {
 fn main() {
     let tables = [table(1, 0, true), table(1, 1, true), table(2, 0, false), table(2, 1, false)];
     let blobs: Vec<Vec<u8>> = (0..).zip(&tables).map(|(r, t)| t.encode(r).expect("encodes")).collect();
-    let places = vec![Place { host: 1, device: [0, 0] }; 4];
+    let places = vec![Place { host: 1, device: [0, 0], relays: false }; 4];
     let classes = classes(4);
     let mut seconds = vec![];
     let mut bytes = 0;
@@ -47,7 +47,7 @@ fn main() {
         let tables: Vec<Table> = blobs.iter().map(|b| Table::decode(b).expect("decodes").1).collect();
         let decoded = begun.elapsed().as_secs_f64();
         let (_, facts) = facts(2, &tables, &classes).expect("facts");
-        let plan: Plan = plan(2, &places, &facts).expect("plan");
+        let plan: Plan = plan(2, &places, 256 << 20, &facts).expect("plan");
         let planned = begun.elapsed().as_secs_f64();
         let ways = Ways { reads: None, direct: &|_| true, message: 1 << 20 };
         let work = build(&plan, &Local::default(), &|_| true, &|_| true, &ways);

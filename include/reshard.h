@@ -212,6 +212,14 @@ typedef int32_t rs_status_t;
 #define RS_CONFIG_WATCHDOG 1
 
 /**
+ * `rs_config_t.flags`: this rank passes on to others what its targets get. Where several ranks on other hosts than a box's sources need it
+ * in the same elements, the sources then send it once, to the first of them, which passes it on to the second, and so on, message by
+ * message: so many replicas cost the sources no more than one. Where messages go in groups (not rs_comm_local() alone); an engine
+ * that may leave during a sync does not set it, and gets its weights last.
+ */
+#define RS_CONFIG_RELAY 2
+
+/**
  * `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum
  * of the elements as the targets have them. A difference is RS_ERR_CORRUPT on all ranks: its text names parameter, box and ranks, and
  * all targets of the sync are torn. Sources and targets are read once more, through host memory, before the call returns, within its
@@ -473,7 +481,7 @@ typedef struct rs_config_t {
     size_t struct_size;
     /** RS_ABI. */
     uint32_t abi;
-    /** RS_CONFIG_WATCHDOG or 0. */
+    /** RS_CONFIG_WATCHDOG, RS_CONFIG_RELAY, both or 0. */
     uint32_t flags;
     /** The ranks. The container takes a reference of its own. NULL: rs_container_set_comm() follows. */
     rs_comm_t *comm;
@@ -702,7 +710,7 @@ rs_status_t rs_container_create(const rs_config_t *config, const rs_layout_t *la
  * of every target has exactly one sender. Either all ranks have a preset, of the same spec, or none has.
  *
  * Also connects again after a failure, once rs_container_set_comm() has given a new communicator, and after a rebind with other
- * boxes.
+ * boxes. Ranks may have come back in other processes; where all layouts are as before, those that had a plan keep it.
  *
  * Collective: every rank of the communicator calls it, a rank without weights too. Waits for the others, at most
  * `rs_config_t.timeout_ms`. An error that one rank finds comes back on all ranks, with its text.
@@ -980,7 +988,7 @@ rs_status_t rs_preset_layout(const rs_preset_t *preset, rs_layout_t *out);
  *   as the source has it), "sent", "received"}, "pairs": [{"source_stage", "target_stage", "tier", "pairs", "bytes"}], "egress" and
  *   "ingress": [{"stage", "ranks", "bytes", "busiest", "mean"}], "most_peers", "message_bytes", "staging_bytes" (of a rank), "rounds"
  *   (of messages, one of each pair), "rounds_over_busiest" (their time over that of the busiest rank alone), "seconds" (if the spec
- *   has link_gb_per_s)}.
+ *   has link_gb_per_s), "relayed" ("egress", "ingress" and "seconds" where all targets have RS_CONFIG_RELAY)}.
  * - buf, cap, len: as in rs_container_describe().
  *
  * Local; other reading calls may run beside it. Errors: RS_ERR_INVALID, RS_ERR_TOO_SMALL, RS_ERR_COVERAGE (a target element that no

@@ -58,6 +58,13 @@ macro_rules! bail {
 }
 pub(crate) use {bail, err};
 
+/// Whether a number, which a peer has sent perhaps, is that of an error.
+pub fn is_error(status: rs_status_t) -> bool {
+    status < 0 && status_name(status) != UNKNOWN
+}
+
+const UNKNOWN: &CStr = c"unknown status";
+
 /// A status number's name, `RS_ERR_TIMEOUT` for instance; a number that is none is "unknown status".
 pub fn status_name(status: rs_status_t) -> &'static CStr {
     match status {
@@ -83,6 +90,6 @@ pub fn status_name(status: rs_status_t) -> &'static CStr {
         RS_ERR_MEMORY => c"RS_ERR_MEMORY",
         RS_ERR_INTERNAL => c"RS_ERR_INTERNAL",
         RS_ERR_CORRUPT => c"RS_ERR_CORRUPT",
-        _ => c"unknown status",
+        _ => UNKNOWN,
     }
 }

@@ -93,7 +93,7 @@ fn sizes_offsets_and_numbers() {
         RS_ERR_CORRUPT -47
         RS_SOURCE 1 RS_TARGET 2 RS_BUFFER_PADDED 1 RS_TRANSFORM_NONE 0 RS_TRANSFORM_PLUS_ONE 1 RS_TRANSFORM_MINUS_ONE 2
         RS_DEVICE_CPU 1 RS_DEVICE_CUDA 2 RS_DEVICE_CUDA_HOST 3 RS_DEVICE_CONVERTS 1 RS_LOCAL_READ 1 RS_LOCAL_RING 2
-        RS_CONFIG_WATCHDOG 1 RS_SYNC_VERIFY 1
+        RS_CONFIG_WATCHDOG 1 RS_CONFIG_RELAY 2 RS_SYNC_VERIFY 1
         RS_PARAM_INITIAL 0 RS_PARAM_SYNCED 1 RS_PARAM_LANDED 2 RS_PARAM_TORN 3
         RS_DESCRIBE_PLAN 1 RS_DESCRIBE_STATS 2 RS_DESCRIBE_LAYOUT 3 RS_DESCRIBE_WORLD 4
         RS_LOG_OFF 0 RS_LOG_ERROR 1 RS_LOG_WARN 2 RS_LOG_INFO 3 RS_LOG_DEBUG 4 RS_LOG_TRACE 5
@@ -131,12 +131,14 @@ fn the_library_exports_the_headers_functions() {
     let exported = symbols(&library(), &["--defined-only"]);
     let exported: BTreeSet<String> = exported.lines().filter_map(|l| l.split(' ').nth(2)).map(Into::into).collect();
     let expected = [
+        "rs_comm_composite",
         "rs_comm_custom",
         "rs_comm_destroy",
         "rs_comm_from_nccl",
         "rs_comm_local",
         "rs_comm_loopback",
         "rs_comm_nccl_init",
+        "rs_comm_nixl",
         "rs_container_abort",
         "rs_container_connect",
         "rs_container_create",

@@ -30,6 +30,7 @@ step gpu        2400 env RESHARD_SEEDS=60 RESHARD_CASES=300 tests/standin/run.sh
 step gpu-worlds 1800 gpu_worlds
 step mutations  7200 tests/standin/mutations.sh
 step soak      1800 tests/faults/run.sh soak
+step fuzz      7200 tests/fuzz.sh 1800
 step hosts     1200 tests/hosts.sh
 step nixl      1800 env RESHARD_CASES=1000 RESHARD_KILLS=50 tests/nixl.sh
 step frameworks 3600 frameworks

@@ -9,7 +9,7 @@ use super::{Container, Phase, held};
 use crate::abi::*;
 use crate::comm::{Access, Comm, Deadline, Group, Kept, Window, Windows};
 use crate::device::{Copies, Mem};
-use crate::error::{Error, Result, bail, err};
+use crate::error::{Error, Result, bail, err, is_error};
 use crate::exec::Staging;
 use crate::exec::batches::{Batches, Places};
 use crate::exec::signs::Signs;
@@ -551,6 +551,9 @@ pub(super) fn agree_outcome(comm: &dyn Comm, own: std::result::Result<(u32, u64)
     };
     let more = if failed.len() > 1 { format!(" (and {} more ranks failed)", failed.len() - 1) } else { String::new() };
     let first = failed[0];
-    let status = if all[first].status < 0 { all[first].status } else { RS_ERR_INTERNAL };
+    let status = all[first].status;
+    if !is_error(status) || all[first].text_len == 0 {
+        bail!(RS_ERR_PEER, "rank {first} ends connect with status {status} and no reason{more}: it speaks another language");
+    }
     Err(Error::new(status, format!("{}{more}", text(first))))
 }

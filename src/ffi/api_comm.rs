@@ -7,7 +7,7 @@ use super::{call, convert, last_error, logger, read};
 use crate::abi::*;
 use crate::comm::foreign::ForeignComm;
 use crate::comm::nccl::NcclComm;
-use crate::comm::{Deadline, composite, local, loopback, nixl};
+use crate::comm::{local, loopback, nixl};
 use crate::error::status_name;
 use std::ffi::{c_char, c_void};
 use std::ptr::NonNull;
@@ -168,9 +168,7 @@ pub unsafe extern "C" fn rs_comm_composite(
     // SAFETY: what the comment asks of the caller.
     call(|| unsafe {
         let out = Out::new(out, "out")?;
-        let near = CommHandle::share(near).map_err(|e| e.context("near"))?;
-        let wide = CommHandle::share(wide).map_err(|e| e.context("wide"))?;
-        out.put(CommHandle::create(composite::join(near, wide, Deadline::after(convert::DEFAULT_TIMEOUT))?));
+        out.put(CommHandle::create(convert::join_composite(near, wide)?));
         Ok(())
     })
 }

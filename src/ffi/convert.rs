@@ -4,7 +4,7 @@ use super::handle::CommHandle;
 use super::preset::PresetHandle;
 use super::read::{flags, list, optional_text, reserved, sized, table, text};
 use crate::abi::*;
-use crate::comm::{Comm, local};
+use crate::comm::{Comm, Deadline, composite, local};
 use crate::container::{Config, FromSpec, Sync};
 use crate::device::foreign::ForeignDevice;
 use crate::device::{Device, Mem};
@@ -225,6 +225,16 @@ pub unsafe fn join_local(given: *const rs_comm_local_t) -> Result<Arc<dyn Comm>>
     let (rank, world) = ranks(l.rank, l.world)?;
     let timeout = timeout(l.timeout_ms).unwrap_or(DEFAULT_TIMEOUT);
     local::join(name, rank, world, timeout, force)
+}
+
+/// Two communicators as one, within the default time.
+///
+/// # Safety
+/// As [`CommHandle::share`].
+pub unsafe fn join_composite(near: *const rs_comm_t, wide: *const rs_comm_t) -> Result<Arc<dyn Comm>> {
+    // SAFETY: this function's promise.
+    let share = |comm, what: &str| unsafe { CommHandle::share(comm) }.map_err(|e| e.context(what));
+    composite::join(share(near, "near")?, share(wide, "wide")?, Deadline::after(DEFAULT_TIMEOUT))
 }
 
 /// A rank and a world size as numbers from 0 and from 1.

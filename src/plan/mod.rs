@@ -304,8 +304,8 @@ impl Plan {
 pub(crate) fn incomparable(tensor: &str) -> Error {
     err!(
         RS_ERR_UNSUPPORTED,
-        "tensor '{tensor}': views and strides of two ranks do not divide and a tile falls into over 260,000 boxes; give views that \
-         have more in common"
+        "tensor '{tensor}': views and strides of ranks do not divide, and their tiles fall into over 260,000 boxes; give views that have more \
+         in common"
     )
 }
 

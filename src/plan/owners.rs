@@ -35,25 +35,31 @@ pub struct Holder<'a> {
     pub pattern: &'a Pattern,
 }
 
-/// One box of a holder. An owner is (rank, tile, first round in which it has the bytes): sources have them from round 0.
+/// One box of a holder.
 #[derive(Clone, Debug)]
 pub struct Held {
     /// Index of the class.
     pub class: u32,
     /// Index of the holder.
     pub holder: u32,
-    /// First round in which the ranks have the bytes.
-    pub ready: u32,
     /// The box.
     pub patch: Patch,
 }
+
+/// Boxes that the tiles of one tensor on all ranks may fall into, and how many more for each tile: a few tiles that fall into very many are
+/// compared in no time that anybody waits.
+const BOXES: usize = 1 << 18;
+const BOXES_A_TILE: usize = 16;
 
 /// All boxes of all holders, in their order.
 pub fn held(tensor: &str, holders: &[Holder<'_>], radix: &Radix) -> Result<Vec<Held>> {
     let mut out = Vec::with_capacity(holders.len());
     for (i, h) in holders.iter().enumerate() {
         for patch in h.pattern.patches(radix).ok_or_else(|| incomparable(tensor))? {
-            out.push(Held { class: h.class, holder: i as u32, ready: 0, patch });
+            out.push(Held { class: h.class, holder: i as u32, patch });
+        }
+        if out.len() > BOXES + BOXES_A_TILE * holders.len() {
+            return Err(incomparable(tensor));
         }
     }
     Ok(out)
@@ -131,7 +137,7 @@ mod tests {
                     let lo: Dims = smallvec![rng.u64(0..5), rng.u64(0..5)];
                     let len: Dims = smallvec![rng.u64(1..5), rng.u64(1..5)];
                     let patch = Patch { region: Region { lo, len }, offset: 0, stride: smallvec![0, 0] };
-                    Held { class, holder: class, ready: 0, patch }
+                    Held { class, holder: class, patch }
                 })
                 .collect();
             let atoms = atoms(&sources);

@@ -87,8 +87,8 @@ mutation memory-waited src/device/cuda/pool.rs 'let waited = self.api.done("cuSt
 mutation peers-enabled src/device/cuda/gpu.rs 'if found.ordinal == id => self.enable_peer(id),' 'if found.ordinal == id => Ok(()),'
 mutation sources-waited src/container/sync.rs 'let ready = ready.and_then(|_| settle(&*self.device, request.stream, comm, deadline));' 'let ready = ready.map(|_| drop(settle));' standin-old cuda properties
 mutation reads-waited src/exec/mod.rs 'batches.units.start(self.stream).and_then(|()| self.settle())' 'batches.units.start(self.stream)' standin-old cuda properties
-mutation packs-waited src/exec/group.rs 'self.pack(run, round, staging)?;
-            run.settle()?;' 'self.pack(run, round, staging)?;'
+mutation packs-waited src/exec/group.rs 'self.pack(run, round)?;
+            run.settle()?;' 'self.pack(run, round)?;'
 mutation peers-asked $gpu '&& !found.named && !found.managed' '&& false'
 mutation import-closed src/device/cuda/ipc.rs 'unsafe { (self.gpu.api.cuIpcCloseMemHandle)(self.base) };' ''
 mutation offset-added src/device/cuda/ipc.rs '(base + export.offset) as usize' 'base as usize'
@@ -136,6 +136,7 @@ mutation scan-waited src/exec/scan.rs 'settle(self.device, stream, self.comm, se
 mutation fingerprints-counted src/container/fingerprint.rs 'c.number += 1;' '' standin properties
 
 group=src/exec/group.rs
+mutation relays-behind $group 'unpacked.before(pack)?;' '' standin properties
 mutation rounds-forked $group 'streams.iter().try_for_each(|&s| order(device, run.stream, s))' 'streams.iter().try_for_each(|_| Ok(()))'
 mutation rounds-joined $group 'let joined = streams.iter().map(|&s| order(device, s, run.stream)).fold(Ok(()), Result::and);' 'let joined: Result<()> = Ok(());'
 mutation sends-behind-packs $group 'order(device, pack, wire)?;' ''

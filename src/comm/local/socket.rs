@@ -5,7 +5,7 @@
 
 use super::sys::{self, Mapping, Peer, Received};
 use crate::abi::{RS_ERR_COMM, rs_status_t};
-use crate::error::{Error, Result, err};
+use crate::error::{Error, Result, err, is_error};
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::io;
@@ -54,6 +54,8 @@ impl Kind {
     }
 }
 
+/// Longest frame: far more than anybody has to say.
+const LONGEST: u64 = 1 << 30;
 /// Longest body of a packet.
 const BODY: usize = 64 << 10;
 /// Kind, number of mappings and number of descriptors of the frame (4 bytes each), its length and the packet's place in it (8 bytes each).
@@ -194,7 +196,7 @@ impl Inbox {
         let word = |at: usize| head[at..at + 8].try_into().map_or(0, u64::from_ne_bytes);
         let kind = Kind::known(half(0)).ok_or_else(nonsense)?;
         let whole = (half(4), half(8), word(12));
-        if whole.1 > 0 && kind != Kind::Offer {
+        if whole.1 > 0 && kind != Kind::Offer || whole.2 > LONGEST {
             return Err(nonsense());
         }
         // A last word comes between the packets of a frame that will never be whole.
@@ -229,7 +231,7 @@ impl Inbox {
 pub fn failure(bytes: &[u8]) -> Error {
     let (status, text) = bytes.split_at(bytes.len().min(4));
     let status = status.try_into().map_or(RS_ERR_COMM, i32::from_ne_bytes);
-    Error::new(if status < 0 { status } else { RS_ERR_COMM }, String::from_utf8_lossy(text))
+    Error::new(if is_error(status) { status } else { RS_ERR_COMM }, String::from_utf8_lossy(text))
 }
 
 /// The bytes of a [`Kind::Failed`] frame.

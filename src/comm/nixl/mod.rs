@@ -2,7 +2,7 @@
 //!
 //! Messages are sent by being read: the sender tells the receiver where a message lies (a note), the receiver reads it into its own
 //! memory, and NIXL tells the sender when that is done (another note). So a rank's memory is written by that rank alone, and a message
-//! is one transfer however many pieces it is packed of. Gathers, deaths and last words go over TCP ([`tree`]).
+//! is one transfer however many pieces it is packed of. Gathers, deaths and last words go over TCP (`tree`).
 //!
 //! NIXL starts threads of its own, which run as long as the communicator does: one that moves its connections on, and one of UCX's for
 //! what comes in between. The library starts none.
@@ -294,7 +294,7 @@ impl Shared {
 
     /// See [`Group::register`].
     fn register(&self, mems: &[Mem], to: &[u32], from: &[u32], deadline: Deadline) -> Result<Vec<Block>> {
-        let mut blocks: Vec<Block> = mems.iter().filter(|m| m.len() > 0).map(|&m| Block::of(m)).collect();
+        let mut blocks: Vec<Block> = mems.iter().filter(|m| !m.is_empty()).map(|&m| Block::of(m)).collect();
         blocks.sort_unstable();
         blocks.dedup();
         let mut state = self.state();
@@ -345,7 +345,7 @@ impl Shared {
         if let Some(metadata) = state.peers[rank as usize].metadata.take() {
             state.agent()?.load(&name, &metadata).map_err(|e| e.context(self.tree.who(rank)))?;
         }
-        state.agent()?.notify(&name, &note.encode()).or_else(|e| Err(self.lost(state, rank, e)))
+        state.agent()?.notify(&name, &note.encode()).map_err(|e| self.lost(state, rank, e))
     }
 
     /// Tells the receivers of a group where its messages lie.

@@ -11,7 +11,7 @@ use super::frame::{Frame, Inbox, Kind, LONGEST_WORD, Outbox, nonsense};
 use crate::abi::*;
 use crate::comm::Deadline;
 use crate::comm::local::sys;
-use crate::error::{Error, Result, bail, err};
+use crate::error::{Error, Result, bail, err, is_error};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -444,7 +444,7 @@ impl Tree {
 pub fn failure(bytes: &[u8]) -> Error {
     let (status, text) = bytes.split_at(bytes.len().min(4));
     let status = status.try_into().map_or(RS_ERR_COMM, i32::from_le_bytes);
-    Error::new(if status < 0 { status } else { RS_ERR_COMM }, String::from_utf8_lossy(text))
+    Error::new(if is_error(status) { status } else { RS_ERR_COMM }, String::from_utf8_lossy(text))
 }
 
 #[cfg(test)]
