@@ -24,7 +24,7 @@ const WORLD: u32 = 1 << 16;
 /// Longest name of a run, in bytes.
 const NAME: usize = 64;
 /// Between two attempts to reach a rank that does not listen yet.
-const RETRY: Duration = Duration::from_millis(20);
+const RETRY: Duration = Duration::from_millis(100);
 /// Longest attempt.
 const ATTEMPT: Duration = Duration::from_secs(2);
 /// Longest sleep while callers are awaited.
