@@ -5,7 +5,7 @@ use super::group::Rounds;
 use crate::comm::{Access, Windows};
 use crate::geom::StridedCopy;
 use crate::plan::local::Local;
-use crate::plan::rounds::messages;
+use crate::plan::rounds::{Message, messages, whole_messages};
 use crate::plan::{Piece, Plan, Stream};
 use std::collections::BTreeMap;
 
@@ -185,14 +185,14 @@ pub fn build(
             work.bytes.sent += sum(&out);
             work.bytes.packed += sum(&out);
             work.bytes.received += sum(&into);
-            // The same at every hop: the pieces are.
+            // Message by message the same at every hop: the pieces are, but not their axes, along which they would be cut.
             let longest = out.iter().chain(&into).map(|p| p.bytes()).max().unwrap_or(0);
             let message = (sum(&out).max(sum(&into)) / RUN).max(longest).min(ways.message);
             grouped.push(Lane {
                 peer: peer.rank,
                 first: BEHIND * stream.hop as usize,
-                out: parcels(out, message, |p, at| (p.src.buffer, p.pack(at))),
-                into: parcels(into, message, |p, at| (p.dst.buffer, p.unpack(at))),
+                out: parcels(whole_messages(out.into_iter().cloned(), message), |p, at| (p.src.buffer, p.pack(at))),
+                into: parcels(whole_messages(into.into_iter().cloned(), message), |p, at| (p.dst.buffer, p.unpack(at))),
             });
         }
     }
@@ -239,8 +239,8 @@ pub fn build(
             lanes.push(Lane {
                 peer: peer.rank,
                 first: 0,
-                out: parcels(pack, message, |p, at| (p.src.buffer, p.pack(at))),
-                into: parcels(unpack, message, |p, at| (p.dst.buffer, p.unpack(at))),
+                out: parcels(messages(pack.into_iter().cloned(), message), |p, at| (p.src.buffer, p.pack(at))),
+                into: parcels(messages(unpack.into_iter().cloned(), message), |p, at| (p.dst.buffer, p.unpack(at))),
             });
         }
     }
@@ -248,8 +248,8 @@ pub fn build(
     work
 }
 
-fn parcels(pieces: Vec<&Piece>, size: u64, copy: impl Fn(&Piece, u64) -> (u32, StridedCopy)) -> Vec<Parcel> {
-    let make = |m: crate::plan::rounds::Message| {
+fn parcels(messages: Vec<Message>, copy: impl Fn(&Piece, u64) -> (u32, StridedCopy)) -> Vec<Parcel> {
+    let make = |m: Message| {
         let mut at = 0;
         let mut copies = Vec::with_capacity(m.pieces.len());
         for p in &m.pieces {
@@ -258,7 +258,7 @@ fn parcels(pieces: Vec<&Piece>, size: u64, copy: impl Fn(&Piece, u64) -> (u32, S
         }
         Parcel { bytes: m.bytes, copies }
     };
-    messages(pieces.into_iter().cloned(), size).into_iter().map(make).collect()
+    messages.into_iter().map(make).collect()
 }
 
 /// Appends units for pieces that are copied directly; returns their bytes.

@@ -51,6 +51,22 @@ pub fn messages(pieces: impl IntoIterator<Item = Piece>, size: u64) -> Vec<Messa
     out
 }
 
+/// Packs pieces, in their order, into messages of `size` bytes without cutting any: one that is longer has a message of its own.
+pub fn whole_messages(pieces: impl IntoIterator<Item = Piece>, size: u64) -> Vec<Message> {
+    let mut out: Vec<Message> = vec![];
+    for piece in pieces {
+        let bytes = piece.bytes();
+        match out.last_mut() {
+            Some(open) if open.bytes + bytes <= size => {
+                open.bytes += bytes;
+                open.pieces.push(piece);
+            }
+            _ => out.push(Message { bytes, pieces: vec![piece] }),
+        }
+    }
+    out
+}
+
 /// Cuts a piece that is larger than `room` on its slowest axis, the step that does not fit on the next, and so on. `must`: take at
 /// least one element.
 fn cut(piece: Piece, room: u64, must: bool) -> (SmallVec<[Piece; 2]>, SmallVec<[Piece; 2]>) {
