@@ -80,6 +80,13 @@ use() {
 
     example "$at" world "cpp world" "1 1 1 2 2 2 1 1 1 2 2 2 "
     example "$at" minimal cpp "1 4 2 5 3 6 "
+    {
+        echo '#include <reshard.hpp>'
+        echo 'reshard::Comm join(int local_rank, int local_world, int rank, int world) {'
+        readme "cpp hosts"
+        echo 'return comm; }'
+    } >"$at/hosts.cpp"
+    c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -I"$prefix/include" -c "$at/hosts.cpp" -o "$at/hosts.o"
     ok "pkg-config, CMake, by hand and the README's C++ build against $prefix ($libdir)"
 }
 

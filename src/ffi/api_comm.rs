@@ -149,7 +149,7 @@ pub unsafe extern "C" fn rs_comm_nixl(config_json: *const c_char, rank: i32, wor
     })
 }
 
-/// One communicator of two, chosen by peer: bytes for ranks of the same host never touch the network.
+/// One communicator of two, chosen by peer: what sources have for targets of the same host never touches the network.
 ///
 /// - near: of the ranks of this host, from rs_comm_local(), its ranks counted in the order of those of wide.
 /// - wide: of all ranks, from rs_comm_nixl(), rs_comm_from_nccl(), rs_comm_nccl_init() or rs_comm_custom().

@@ -244,6 +244,7 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
             )
         if plans:
             whole, wanted = ranks[0].preset.describe(reshard.DESCRIBE_WORLD), totals.expected(spec, model.elements, plans, expected, sum(r.landed_bytes() for r in ranks))
+            check_relayed(whole.pop("relayed"), whole, plans, spec)
             for key in whole.keys() | wanted.keys():
                 check(whole.get(key) == wanted.get(key), f"the world's {key}:", whole.get(key), "instead of", wanted.get(key))
         if again:
@@ -257,6 +258,16 @@ def run(spec, world, sources=None, specs=None, rename=lambda side, name: name, c
             if r.preset:
                 r.preset.close()
     return ranks
+
+
+def check_relayed(relayed, plain, plans, spec):
+    """What all targets that relay would change of a world: that the sources send less, once at least what a rank gets from beyond its host."""
+    check(relayed["ingress"] == plain["ingress"], "relayed: ingress", relayed, plain)
+    check(relayed.keys() - {"egress", "ingress"} == plain.keys() & {"seconds"}, "relayed:", relayed)
+    sent, before = (sum(stage["bytes"] for stage in x["egress"]) for x in (relayed, plain))
+    hosts = spec.get("ranks_per_host")
+    far = [sum(p["received"] for p in plan["peers"] if hosts and p["rank"] // hosts != plan["rank"] // hosts) for plan in plans]
+    check(before - sum(far) + max(far) <= sent <= before, f"relayed: {sent} bytes, {before} without; from other hosts", far)
 
 
 def check_fingerprints(model, ranks, containers):
