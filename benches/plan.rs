@@ -49,7 +49,7 @@ fn main() {
         let (_, facts) = facts(2, &tables, &classes).expect("facts");
         let plan: Plan = plan(2, &places, 256 << 20, &facts).expect("plan");
         let planned = begun.elapsed().as_secs_f64();
-        let ways = Ways { reads: None, direct: &|_| true, message: 1 << 20 };
+        let ways = Ways { reads: None, direct: &|_| true, message: 1 << 20, scatters: false };
         let work = build(&plan, &Local::default(), &|_| true, &|_| true, &ways);
         bytes = work.bytes.received;
         seconds.push((begun.elapsed().as_secs_f64(), decoded, planned - decoded));

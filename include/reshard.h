@@ -214,8 +214,9 @@ typedef int32_t rs_status_t;
 /**
  * `rs_config_t.flags`: this rank passes on to others what its targets get. Where several ranks on other hosts than a box's sources need it
  * in the same elements, the sources then send it once, to the first of them, which passes it on to the second, and so on, message by
- * message: so many replicas cost the sources no more than one. Where messages go in groups (not rs_comm_local() alone); an engine
- * that may leave during a sync does not set it, and gets its weights last.
+ * message: so many replicas cost the sources no more than one. Where messages go in groups: not rs_comm_local() alone; of
+ * rs_comm_composite() all that is passed on goes over wide, in a host by the ways that wide knows there. An engine that may leave during a
+ * sync does not set it, and gets its weights last.
  */
 #define RS_CONFIG_RELAY 2
 
@@ -1102,7 +1103,7 @@ rs_status_t rs_comm_nccl_init(const void *unique_id, size_t id_len, int32_t rank
 rs_status_t rs_comm_nixl(const char *config_json, int32_t rank, int32_t world, rs_comm_t **out);
 
 /**
- * One communicator of two, chosen by peer: bytes for ranks of the same host never touch the network.
+ * One communicator of two, chosen by peer: what sources have for targets of the same host never touches the network.
  *
  * - near: of the ranks of this host, from rs_comm_local(), its ranks counted in the order of those of wide.
  * - wide: of all ranks, from rs_comm_nixl(), rs_comm_from_nccl(), rs_comm_nccl_init() or rs_comm_custom().

@@ -98,8 +98,9 @@ pub const RS_LOCAL_RING: u32 = 2;
 pub const RS_CONFIG_WATCHDOG: u32 = 1;
 /// `rs_config_t.flags`: this rank passes on to others what its targets get. Where several ranks on other hosts than a box's sources need it
 /// in the same elements, the sources then send it once, to the first of them, which passes it on to the second, and so on, message by
-/// message: so many replicas cost the sources no more than one. Where messages go in groups (not rs_comm_local() alone); an engine
-/// that may leave during a sync does not set it, and gets its weights last.
+/// message: so many replicas cost the sources no more than one. Where messages go in groups: not rs_comm_local() alone; of
+/// rs_comm_composite() all that is passed on goes over wide, in a host by the ways that wide knows there. An engine that may leave during a
+/// sync does not set it, and gets its weights last.
 pub const RS_CONFIG_RELAY: u32 = 2;
 
 /// `rs_sync_t.flags`, on all ranks alike: after moving, what landed is compared with what the sources hold, piece by piece, by a checksum

@@ -2,7 +2,7 @@
 //!
 //! Knows how to call them and what their answers mean. Must not know how they reach the other ranks.
 
-use super::{Comm, Deadline, Group};
+use super::{Comm, Deadline, Group, one};
 use crate::abi::*;
 use crate::device::foreign::{answered, pointer, required};
 use crate::device::{Mem, Stream};
@@ -158,7 +158,8 @@ impl Group for ForeignComm {
         self.done("group_begin", unsafe { (self.begin)(self.ctx) })
     }
 
-    fn send(&self, mem: Mem, to: u32, stream: Stream) -> Result<()> {
+    fn send(&self, blocks: &[Mem], to: u32, stream: Stream) -> Result<()> {
+        let mem = one(blocks)?;
         self.check()?;
         let peer = self.peer(to)?;
         // SAFETY: the promise given to `new`; a `Mem` is memory that may be read for as long as the group runs.
@@ -166,7 +167,8 @@ impl Group for ForeignComm {
         self.done(&format!("send of {} bytes to rank {to}", mem.len()), status)
     }
 
-    fn recv(&self, mem: Mem, from: u32, stream: Stream) -> Result<()> {
+    fn recv(&self, blocks: &[Mem], from: u32, stream: Stream) -> Result<()> {
+        let mem = one(blocks)?;
         self.check()?;
         let peer = self.peer(from)?;
         // SAFETY: the promise given to `new`; the executor gives memory that may be written for as long as the group runs.

@@ -23,7 +23,7 @@ pub mod nixl;
 #[allow(unsafe_code)]
 pub mod page;
 
-use crate::abi::RS_ERR_TIMEOUT;
+use crate::abi::{RS_ERR_INTERNAL, RS_ERR_TIMEOUT};
 use crate::device::{Export, Mem, Stream};
 use crate::error::{Result, bail};
 use crate::geom::StridedCopy;
@@ -244,6 +244,14 @@ pub trait Pipe: Sync {
     fn wait(&self, slice: Duration) -> Result<()>;
 }
 
+/// The block of a message that must be one.
+fn one(blocks: &[Mem]) -> Result<Mem> {
+    match blocks {
+        &[mem] => Ok(mem),
+        _ => bail!(RS_ERR_INTERNAL, "a message in {} blocks, over a communicator that takes one", blocks.len()),
+    }
+}
+
 /// Sends and receives of memory that the executor names, in groups: everything between `begin` and `end` progresses together.
 pub trait Group: Sync {
     /// Makes memory ready for messages, before the first group that uses it, and tells those that we send `to`; learns the same of those
@@ -257,10 +265,14 @@ pub trait Group: Sync {
     }
     /// Opens a group.
     fn begin(&self) -> Result<()>;
-    /// Within a group: sends `mem` to a peer.
-    fn send(&self, mem: Mem, to: u32, stream: Stream) -> Result<()>;
-    /// Within a group: receives exactly `mem.len()` bytes from a peer.
-    fn recv(&self, mem: Mem, from: u32, stream: Stream) -> Result<()>;
+    /// Whether a message may lie in several blocks of memory, which the receiver need not cut as the sender does.
+    fn scatters(&self) -> bool {
+        false
+    }
+    /// Within a group: sends a message to a peer. It is one block, or several, one after the other, if it [`Group::scatters`].
+    fn send(&self, blocks: &[Mem], to: u32, stream: Stream) -> Result<()>;
+    /// Within a group: receives exactly as many bytes as the blocks have from a peer.
+    fn recv(&self, blocks: &[Mem], from: u32, stream: Stream) -> Result<()>;
     /// Starts the group.
     fn end(&self) -> Result<()>;
     /// Whether a group is done in the order of its stream: what is put there later sees what came, and may write what went.

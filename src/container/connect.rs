@@ -492,7 +492,8 @@ impl Container {
         let reads = comm.windows().map(|windows| Reads { windows, granted: &c.links.granted, opened: &c.links.opened, message });
         // Other memory than the device's own is host memory, which the communicator need not take.
         let direct = |row: u32| self.mems[row as usize].kind() == self.device.id();
-        let ways = Ways { reads, direct: &direct, message: c.message };
+        let scatters = comm.group().is_some_and(|group| group.scatters());
+        let ways = Ways { reads, direct: &direct, message: c.message, scatters };
         let work = build(&c.planned.plan, &self.local, &accept_local, &accept, &ways);
         if let Some(rounds) = &work.group {
             rounds.check()?;

@@ -4,7 +4,8 @@
 //! others are waited for round by round.
 //!
 //! Staging has two halves, used by turns; each half holds one message to and one from every peer, so it takes at most
-//! 4 * peers * message size. A message that is one contiguous block of a buffer goes from or to that buffer itself.
+//! 4 * peers * message size. A message that is one contiguous block of a buffer goes from or to that buffer itself, and so do those of
+//! long runs where the communicator takes messages of several blocks.
 #![forbid(unsafe_code)]
 
 use super::batches::{Batches, Places};
@@ -13,6 +14,8 @@ use super::{Run, lost};
 use crate::comm::Group;
 use crate::device::{Device, Event, Job, Mem, Stream, order};
 use crate::error::{Result, err};
+use crate::geom::StridedCopy;
+use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -47,8 +50,7 @@ impl Rounds {
         for lane in &lanes {
             let mut slot = |list: &[Parcel]| {
                 let at = half;
-                half +=
-                    list.iter().filter(|p| direct(p, &staged).is_none()).map(|p| p.bytes).max().unwrap_or(0).next_multiple_of(256);
+                half += list.iter().filter(|p| !direct(p, &staged)).map(|p| p.bytes).max().unwrap_or(0).next_multiple_of(256);
                 at
             };
             slots.push([slot(&lane.out), slot(&lane.into)]);
@@ -63,8 +65,8 @@ impl Rounds {
 
     /// Rows of the buffers that are sent or received as they are.
     pub fn direct(&self) -> BTreeSet<u32> {
-        let parcels = self.lanes.iter().flat_map(|l| l.out.iter().chain(&l.into));
-        parcels.filter_map(|p| direct(p, &self.staged).map(|d| d.0)).collect()
+        let parcels = self.lanes.iter().flat_map(|l| l.out.iter().chain(&l.into)).filter(|p| direct(p, &self.staged));
+        parcels.flat_map(|p| p.copies.iter().map(|c| c.0)).collect()
     }
 
     /// The ranks that messages go to, and those that they come from.
@@ -160,21 +162,22 @@ impl Rounds {
         places.staging.and_then(|m| m.cut(at as usize, bytes as usize)).ok_or_else(|| lost("staging"))
     }
 
-    /// The memory of a message: its own block of a buffer, or its slot.
-    fn place(&self, run: &Run<'_>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<Mem> {
-        match direct(p, &self.staged) {
-            Some((buffer, offset)) => {
-                let block = run.mem(buffer)?.cut(offset[side] as usize, p.bytes as usize);
-                block.ok_or_else(|| lost(format_args!("a block of buffer row {buffer}")))
-            }
-            None => self.slot(run.places, round, lane, side, p.bytes),
+    /// The memory of a message: its own blocks of buffers, or its slot.
+    fn place(&self, run: &Run<'_>, round: usize, lane: usize, side: usize, p: &Parcel) -> Result<SmallVec<[Mem; 1]>> {
+        if !direct(p, &self.staged) {
+            return Ok(smallvec![self.slot(run.places, round, lane, side, p.bytes)?]);
         }
+        let block = |(buffer, at, bytes): Block| {
+            let block = run.mem(buffer)?.cut(at as usize, bytes as usize);
+            block.ok_or_else(|| lost(format_args!("a block of buffer row {buffer}")))
+        };
+        blocks(p, side).into_iter().map(block).collect()
     }
 
     /// What is packed in a round, or unpacked: each message with its slot.
     fn slots<'s>(&'s self, places: Places<'s>, round: usize, side: usize) -> impl Iterator<Item = Result<(&'s Parcel, Mem)>> {
         self.lanes.iter().enumerate().filter_map(move |(i, lane)| {
-            let p = lane.at(side, round).filter(|p| direct(p, &self.staged).is_none())?;
+            let p = lane.at(side, round).filter(|p| !direct(p, &self.staged))?;
             Some(self.slot(places, round, i, side, p.bytes).map(|slot| (p, slot)))
         })
     }
@@ -204,13 +207,13 @@ impl Rounds {
         group.begin()?;
         for (i, lane) in self.lanes.iter().enumerate() {
             if let Some(p) = lane.at(0, round) {
-                group.send(self.place(run, round, i, 0, p)?, lane.peer, stream)?;
+                group.send(&self.place(run, round, i, 0, p)?, lane.peer, stream)?;
             }
             if let Some(p) = lane.at(1, round) {
-                if direct(p, &self.staged).is_some() {
+                if direct(p, &self.staged) {
                     run.wrote.store(true, Ordering::Relaxed);
                 }
-                group.recv(self.place(run, round, i, 1, p)?, lane.peer, stream)?;
+                group.recv(&self.place(run, round, i, 1, p)?, lane.peer, stream)?;
             }
         }
         group.end()
@@ -294,12 +297,23 @@ impl Drop for Mark<'_> {
     }
 }
 
-/// Buffer and byte offsets (as source, as target) of a message that is one contiguous block there.
-fn direct(p: &Parcel, staged: &BTreeSet<u32>) -> Option<(u32, [u64; 2])> {
-    match &p.copies[..] {
-        [(buffer, copy)] if copy.axes.is_empty() && copy.convert.is_none() && !staged.contains(buffer) => {
-            Some((*buffer, [copy.src, copy.dst]))
-        }
-        _ => None,
-    }
+/// Whether a message goes from and to its buffers as it is.
+fn direct(p: &Parcel, staged: &BTreeSet<u32>) -> bool {
+    let single = matches!(&p.copies[..], [(_, copy)] if copy.axes.is_empty());
+    (single || p.blocks) && p.copies.iter().all(|(buffer, copy)| copy.convert.is_none() && !staged.contains(buffer))
+}
+
+/// A part of a buffer: its row, first byte, bytes.
+type Block = (u32, u64, u64);
+
+/// Where a message comes from (side 0) or goes to (1), in its order.
+fn blocks(p: &Parcel, side: usize) -> SmallVec<[Block; 1]> {
+    let runs = |(buffer, copy): &(u32, StridedCopy)| {
+        let (buffer, bytes) = (*buffer, copy.run);
+        copy.runs().into_iter().map(move |run| (run[1 - side], (buffer, run[side], bytes)))
+    };
+    let mut runs: SmallVec<[(u64, Block); 1]> = p.copies.iter().flat_map(runs).collect();
+    // A copy lists them in its target's order, which for side 1 is not the message's.
+    runs.sort_unstable_by_key(|run| run.0);
+    runs.into_iter().map(|run| run.1).collect()
 }

@@ -18,6 +18,12 @@ const BEHIND: usize = 2;
 /// A stream is cut into so many messages, where pieces and staging allow it: the longer it is, the less it matters how many ranks it passes.
 const RUN: u64 = 128;
 
+/// Shorter runs are packed: a block of so many bytes takes about as long to read as to name.
+const LONG: u64 = 64 << 10;
+
+/// A message lies in so many blocks at most, less those that its ends cut.
+const BLOCKS: u64 = 512;
+
 /// Whose memory a unit reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -56,6 +62,9 @@ pub struct Parcel {
     pub bytes: u64,
     /// `(buffer, copy)`.
     pub copies: Vec<(u32, StridedCopy)>,
+    /// Whether it is sent from and received into several blocks of buffers as they are, rather than packed and unpacked. The two ends
+    /// may cut it into different blocks.
+    pub blocks: bool,
 }
 
 /// The messages of a pair.
@@ -128,6 +137,8 @@ pub struct Ways<'a> {
     pub direct: &'a dyn Fn(u32) -> bool,
     /// Longest message of a group.
     pub message: u64,
+    /// Whether a message of a group may lie in several blocks ([`crate::comm::Group::scatters`]).
+    pub scatters: bool,
 }
 
 /// See [`Ways`].
@@ -191,8 +202,8 @@ pub fn build(
             grouped.push(Lane {
                 peer: peer.rank,
                 first: BEHIND * stream.hop as usize,
-                out: parcels(whole_messages(out.into_iter().cloned(), message), |p, at| (p.src.buffer, p.pack(at))),
-                into: parcels(whole_messages(into.into_iter().cloned(), message), |p, at| (p.dst.buffer, p.unpack(at))),
+                out: parcels(whole_messages(out.into_iter().cloned(), message), false, pack),
+                into: parcels(whole_messages(into.into_iter().cloned(), message), false, unpack),
             });
         }
     }
@@ -203,10 +214,10 @@ pub fn build(
         work.bytes.sent += out.iter().map(|p| p.bytes()).sum::<u64>();
         let received: u64 = into.iter().map(|p| p.bytes()).sum();
         work.bytes.received += received;
-        let (mut pack, mut unpack) = (vec![], vec![]);
+        let (mut packed, mut unpacked) = (vec![], vec![]);
         let reads = ways.reads.as_ref().filter(|r| r.windows.covers(peer.rank));
         match reads {
-            None => (pack, unpack) = (out, into),
+            None => (packed, unpacked) = (out, into),
             Some(Reads { windows, granted, opened, .. }) => {
                 let reads = |list: &[(u32, Vec<u32>, Vec<Access>)], p: &Piece| {
                     let found = list.binary_search_by_key(&peer.rank, |l| l.0).ok().and_then(|i| {
@@ -220,10 +231,10 @@ pub fn build(
                         _ => false,
                     }
                 };
-                pack.extend(out.into_iter().filter(|p| !reads(granted, p)));
+                packed.extend(out.into_iter().filter(|p| !reads(granted, p)));
                 let mut read = vec![];
                 for p in into {
-                    if reads(opened, p) { read.push(p) } else { unpack.push(p) }
+                    if reads(opened, p) { read.push(p) } else { unpacked.push(p) }
                 }
                 if let (false, Ok(i)) = (read.is_empty(), opened.binary_search_by_key(&peer.rank, |l| l.0)) {
                     let rows = &opened[i].1;
@@ -233,22 +244,36 @@ pub fn build(
                 }
             }
         }
-        work.bytes.packed += pack.iter().map(|p| p.bytes()).sum::<u64>();
-        if !pack.is_empty() || !unpack.is_empty() {
+        work.bytes.packed += packed.iter().map(|p| p.bytes()).sum::<u64>();
+        if !packed.is_empty() || !unpacked.is_empty() {
             let (lanes, message) = reads.map_or((&mut grouped, ways.message), |r| (&mut work.lanes, r.message));
-            lanes.push(Lane {
-                peer: peer.rank,
-                first: 0,
-                out: parcels(messages(pack.into_iter().cloned(), message), |p, at| (p.src.buffer, p.pack(at))),
-                into: parcels(messages(unpack.into_iter().cloned(), message), |p, at| (p.dst.buffer, p.unpack(at))),
-            });
+            // Both ends know the runs of a piece.
+            let long =
+                |p: &&Piece| ways.scatters && reads.is_none() && p.convert.is_none() && p.copy().run >= LONG.max(message / BLOCKS);
+            let both = |list: Vec<&Piece>, copy: Ends| {
+                let (long, short): (Vec<&Piece>, Vec<&Piece>) = list.into_iter().partition(long);
+                let [long, short] = [long, short].map(|pieces| messages(pieces.into_iter().cloned(), message));
+                [parcels(long, true, copy), parcels(short, false, copy)].concat()
+            };
+            lanes.push(Lane { peer: peer.rank, first: 0, out: both(packed, pack), into: both(unpacked, unpack) });
         }
     }
     work.group = Rounds::new(grouped, ways.direct);
     work
 }
 
-fn parcels(messages: Vec<Message>, copy: impl Fn(&Piece, u64) -> (u32, StridedCopy)) -> Vec<Parcel> {
+/// Between a piece's buffer at one end and byte so many of a message.
+type Ends = fn(&Piece, u64) -> (u32, StridedCopy);
+
+fn pack(p: &Piece, at: u64) -> (u32, StridedCopy) {
+    (p.src.buffer, p.pack(at))
+}
+
+fn unpack(p: &Piece, at: u64) -> (u32, StridedCopy) {
+    (p.dst.buffer, p.unpack(at))
+}
+
+fn parcels(messages: Vec<Message>, blocks: bool, copy: Ends) -> Vec<Parcel> {
     let make = |m: Message| {
         let mut at = 0;
         let mut copies = Vec::with_capacity(m.pieces.len());
@@ -256,7 +281,7 @@ fn parcels(messages: Vec<Message>, copy: impl Fn(&Piece, u64) -> (u32, StridedCo
             copies.push(copy(p, at));
             at += p.bytes();
         }
-        Parcel { bytes: m.bytes, copies }
+        Parcel { bytes: m.bytes, copies, blocks }
     };
     messages.into_iter().map(make).collect()
 }

@@ -78,6 +78,15 @@ impl StridedCopy {
         self.axes.iter().map(|a| a.extent).product::<u64>() * self.run
     }
 
+    /// Byte offsets at the source and at the target of each of its runs.
+    pub fn runs(&self) -> Vec<[u64; 2]> {
+        let mut out = vec![[self.src, self.dst]];
+        for a in &self.axes {
+            out = out.iter().flat_map(|&[src, dst]| (0..a.extent).map(move |i| [src + i * a.src, dst + i * a.dst])).collect();
+        }
+        out
+    }
+
     /// Contiguous bytes at the target.
     pub fn dst_run(&self) -> u64 {
         self.convert.map_or(self.run, |c| self.run / u64::from(self.item) * u64::from(c.to.item()))

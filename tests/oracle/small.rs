@@ -93,3 +93,25 @@ pub fn many_rounds() -> Case {
     };
     Case { seed: 0, tensors: vec![tensor], ranks: vec![rank(RS_SOURCE, 2), rank(RS_TARGET, 1)] }
 }
+
+/// A tensor in runs long enough to be moved where they lie: sources with some columns each, a target with other columns, and one whose
+/// columns are its slowest axis.
+pub fn long_runs() -> Case {
+    let dtype = rs_dtype_t { code: 4, bits: 16, lanes: 1 };
+    let (rows, run) = (3, 33_000);
+    let tensor = Tensor { name: "model.0.weight".into(), shape: vec![rows, 5, run], dtype, target: dtype, transform: 0, seed: 1 };
+    let rank = |role: u32, columns: std::ops::Range<i64>, turned: bool| {
+        let count = columns.end - columns.start;
+        let stride = if turned { vec![run, rows * run, 1] } else { vec![count * run, run, 1] };
+        let shape = if turned { vec![count, rows, run] } else { vec![rows, count, run] };
+        let strides = vec![shape[1] * run, run, 1];
+        let bytes = (rows * count * run) as usize * 2;
+        let buffer = Buffer { name: "a".into(), role, padded: false, dtype, shape, strides, bytes, block: 0, at: 0 };
+        let (view, origin, extent) = (vec![rows, 5, run], vec![0, columns.start, 0], vec![rows, count, run]);
+        let tile = Tile { tensor: 0, buffer: 0, transform: 0, byte_offset: 0, view, origin, extent, stride };
+        Rank { blocks: vec![bytes], listed: vec![0], buffers: vec![buffer], tiles: vec![tile], ..Rank::default() }
+    };
+    let sources = [rank(RS_SOURCE, 0..3, false), rank(RS_SOURCE, 3..5, false)];
+    let targets = [rank(RS_TARGET, 1..5, false), rank(RS_TARGET, 0..5, true)];
+    Case { seed: 0, tensors: vec![tensor], ranks: [sources, targets].concat() }
+}

@@ -118,8 +118,8 @@ fn calls_reach_the_caller() {
     let (mut out, mut into) = ([42; 5], [0; 5]);
     let group = comm.group().unwrap();
     group.begin().unwrap();
-    group.send(mem(&mut out), 2, 16).unwrap();
-    group.recv(mem(&mut into), 0, 0).unwrap();
+    group.send(&[mem(&mut out)], 2, 16).unwrap();
+    group.recv(&[mem(&mut into)], 0, 0).unwrap();
     group.end().unwrap();
     assert!(group.poll().unwrap());
     caller.answer(RS_IN_PROGRESS);
@@ -128,8 +128,8 @@ fn calls_reach_the_caller() {
     let expected =
         ["allgather 2 within a minute: true", "begin", "send 42 5 to 2 on 16", "recv 5 from 0 on 0", "end", "poll", "poll"];
     assert_eq!(caller.asked(), expected);
-    assert_eq!(group.send(mem(&mut out), 3, 0).err().unwrap().status(), RS_ERR_INTERNAL);
-    assert_eq!(group.send(mem(&mut out), 1, 0).err().unwrap().status(), RS_ERR_INTERNAL);
+    assert_eq!(group.send(&[mem(&mut out)], 3, 0).err().unwrap().status(), RS_ERR_INTERNAL);
+    assert_eq!(group.send(&[mem(&mut out)], 1, 0).err().unwrap().status(), RS_ERR_INTERNAL);
     drop(comm);
     assert_eq!(caller.asked(), ["release"]);
 }
@@ -194,8 +194,8 @@ fn the_first_failure_ends_it() {
         assert_eq!(comm.check(), Err(e.clone()));
         assert_eq!(comm.allgather(&[1], minute()), Err(e.clone()));
         assert_eq!(comm.begin(), Err(e.clone()));
-        assert_eq!(comm.send(mem(&mut block), 0, 0), Err(e.clone()));
-        assert_eq!(comm.recv(mem(&mut block), 0, 0), Err(e.clone()));
+        assert_eq!(comm.send(&[mem(&mut block)], 0, 0), Err(e.clone()));
+        assert_eq!(comm.recv(&[mem(&mut block)], 0, 0), Err(e.clone()));
         assert_eq!(comm.end(), Err(e.clone()));
         assert_eq!(comm.poll(), Err(e.clone()));
         assert!(caller.asked().is_empty(), "nothing is asked of a communicator that failed");
@@ -224,8 +224,8 @@ fn each_function_fails() {
     type Call<'a> = &'a dyn Fn(&ForeignComm) -> Result<()>;
     let calls: [(&str, Call); 5] = [
         ("group_begin", &|c| c.begin()),
-        ("send of 5 bytes to rank 0", &|c| c.send(mem, 0, 0)),
-        ("recv of 5 bytes from rank 2", &|c| c.recv(mem, 2, 0)),
+        ("send of 5 bytes to rank 0", &|c| c.send(&[mem], 0, 0)),
+        ("recv of 5 bytes from rank 2", &|c| c.recv(&[mem], 2, 0)),
         ("group_end", &|c| c.end()),
         ("poll", &|c| Group::poll(c).map(|_| ())),
     ];

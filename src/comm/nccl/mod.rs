@@ -12,7 +12,7 @@
 
 mod api;
 
-use super::{Comm, Deadline, Group, Later};
+use super::{Comm, Deadline, Group, Later, one};
 use crate::abi::*;
 use crate::device::cuda::{CudaDevice, Pinned};
 use crate::device::{Device, Event, Mem, OwnStream, Prepare, Stream};
@@ -400,12 +400,14 @@ impl Group for NcclComm {
         Ok(())
     }
 
-    fn send(&self, mem: Mem, to: u32, stream: Stream) -> Result<()> {
+    fn send(&self, blocks: &[Mem], to: u32, stream: Stream) -> Result<()> {
+        let mem = one(blocks)?;
         self.state().open.push(Op { send: true, mem, peer: to as c_int, stream });
         self.check()
     }
 
-    fn recv(&self, mem: Mem, from: u32, stream: Stream) -> Result<()> {
+    fn recv(&self, blocks: &[Mem], from: u32, stream: Stream) -> Result<()> {
+        let mem = one(blocks)?;
         self.state().open.push(Op { send: false, mem, peer: from as c_int, stream });
         self.check()
     }

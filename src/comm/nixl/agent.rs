@@ -2,39 +2,13 @@
 //!
 //! Knows agents' names, memory and NIXL. Must not know ranks, plans or deadlines.
 
-use super::api::{DRAM, Handle, IN_PROGRESS, Nixl, READ, VRAM};
+use super::api::{Handle, IN_PROGRESS, Nixl, READ};
+use super::blocks::{Block, Part};
 use crate::abi::*;
-use crate::device::Mem;
 use crate::error::{Result, bail, err};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ptr::{null, null_mut};
-
-/// Memory of any agent, as its owner says: address, length, DLPack's device type and id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Block {
-    pub addr: u64,
-    pub len: u64,
-    pub kind: (i32, i32),
-}
-
-impl Block {
-    /// Of this process.
-    pub fn of(mem: Mem) -> Block {
-        Block { addr: mem.addr() as u64, len: mem.len() as u64, kind: mem.kind() }
-    }
-
-    /// How NIXL names the memory.
-    fn place(&self) -> Result<(c_int, u64)> {
-        match self.kind {
-            (RS_DEVICE_CPU | RS_DEVICE_CUDA_HOST, _) => Ok((DRAM, 0)),
-            (RS_DEVICE_CUDA, id) => Ok((VRAM, id as u64)),
-            (kind, id) => {
-                bail!(RS_ERR_UNSUPPORTED, "nixl moves memory of the host and of CUDA's GPUs, not of device (type {kind}, id {id})")
-            }
-        }
-    }
-}
 
 /// A read that was posted. Given back to its agent, or gone with it.
 #[derive(Debug)]
@@ -220,23 +194,25 @@ impl Agent {
         Ok(out)
     }
 
-    /// Starts to read `from` of another agent into `into`, both registered where they are; when it is done and [`Agent::done`] has said
-    /// so, the owner gets `note`. The memory stays until then, or until the agent is dropped.
-    pub fn read(&mut self, owner: &str, from: Block, into: Block, note: &[u8]) -> Result<Request> {
+    /// Starts to read parts of a message of another agent, all in one, all registered where they are; when it is done and
+    /// [`Agent::done`] has said so, the owner gets `note`. The memory stays until then, or until the agent is dropped.
+    pub fn read(&mut self, owner: &str, parts: &[Part], note: &[u8]) -> Result<Request> {
         let nixl = self.nixl;
         let owner = c_string(owner, "an agent's name")?;
         // SAFETY: see `new`; the memory is registered, which NIXL checks, and stays (this method's contract). NIXL keeps copies of the
         // lists and of the note.
         unsafe {
-            let list = |block: Block| -> Result<Held> {
-                let (kind, id) = block.place()?;
+            let list = |block: fn(&Part) -> Block| -> Result<Held> {
+                let (kind, id) = parts.first().map_or_else(|| bail!(RS_ERR_INTERNAL, "an empty message"), |p| block(p).place())?;
                 let list =
                     Held::new("create_xfer_dlist", nixl, nixl.destroy_xfer_dlist, |out| (nixl.create_xfer_dlist)(kind, out))?;
-                let answer = (nixl.xfer_dlist_add_desc)(list.handle, block.addr as usize, block.len as usize, id);
-                nixl.done("xfer_dlist_add_desc", answer)?;
+                for Block { addr, len, .. } in parts.iter().map(block) {
+                    let answer = (nixl.xfer_dlist_add_desc)(list.handle, addr as usize, len as usize, id);
+                    nixl.done("xfer_dlist_add_desc", answer)?;
+                }
                 Ok(list)
             };
-            let (into, from) = (list(into)?, list(from)?);
+            let (into, from) = (list(|p| p.into)?, list(|p| p.from)?);
             let options = Held::new("create_opt_args", nixl, nixl.destroy_opt_args, |out| (nixl.create_opt_args)(out))?;
             nixl.done("opt_args_add_backend", (nixl.opt_args_add_backend)(options.handle, self.backend))?;
             nixl.done("opt_args_set_notif_msg", (nixl.opt_args_set_notif_msg)(options.handle, note.as_ptr().cast(), note.len()))?;

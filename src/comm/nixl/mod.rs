@@ -2,7 +2,9 @@
 //!
 //! Messages are sent by being read: the sender tells the receiver where a message lies (a note), the receiver reads it into its own
 //! memory, and NIXL tells the sender when that is done (another note). So a rank's memory is written by that rank alone, and a message
-//! is one transfer however many pieces it is packed of. Gathers, deaths and last words go over TCP (`tree`).
+//! is one transfer, of as many parts as its blocks at both ends make. Gathers, deaths and last words go over TCP (`tree`).
+//!
+//! [`blocks`] is what a message's blocks are to both ends.
 //!
 //! NIXL starts threads of its own, which run as long as the communicator does: one that moves its connections on, and one of UCX's for
 //! what comes in between. The library starts none.
@@ -11,6 +13,7 @@
 
 mod agent;
 mod api;
+mod blocks;
 mod frame;
 mod meet;
 mod tree;
@@ -19,7 +22,8 @@ use super::{Comm, Deadline, Group, Kept};
 use crate::abi::*;
 use crate::device::{Mem, Stream};
 use crate::error::{Error, Result, bail, err};
-use agent::{Agent, Block, Request};
+use agent::{Agent, Request};
+use blocks::{Block, bytes, meet_in};
 use serde::Deserialize;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -78,7 +82,7 @@ enum Note {
     /// A piece of the metadata of what the sender has registered; whether it is the last one.
     Metadata(bool, Vec<u8>),
     /// Message number so many of the pair lies there.
-    Ready(u64, Block),
+    Ready(u64, Vec<Block>),
     /// Message number so many was read.
     Read(u64),
 }
@@ -87,10 +91,9 @@ impl Note {
     fn encode(&self) -> Vec<u8> {
         match self {
             Note::Metadata(last, bytes) => [&[b'M', u8::from(*last)], &bytes[..]].concat(),
-            Note::Ready(number, block) => {
-                let words = [*number, block.addr, block.len].map(u64::to_le_bytes).concat();
-                let kind = [block.kind.0, block.kind.1].map(i32::to_le_bytes).concat();
-                [b"S".as_slice(), &words, &kind].concat()
+            Note::Ready(number, blocks) => {
+                let blocks: Vec<u8> = blocks.iter().flat_map(Block::encode).collect();
+                [b"S".as_slice(), &number.to_le_bytes(), &blocks].concat()
             }
             Note::Read(number) => [b"R".as_slice(), &number.to_le_bytes()].concat(),
         }
@@ -98,12 +101,11 @@ impl Note {
 
     fn decode(bytes: &[u8]) -> Option<Note> {
         let (kind, rest) = bytes.split_first()?;
-        let word = |at: usize| Some(u64::from_le_bytes(rest.get(at..at + 8)?.try_into().ok()?));
-        let half = |at: usize| Some(i32::from_le_bytes(rest.get(at..at + 4)?.try_into().ok()?));
+        let number = || rest.first_chunk().map(|word| u64::from_le_bytes(*word));
         match (kind, rest.len()) {
             (b'M', 1..) => Some(Note::Metadata(rest[0] == 1, rest[1..].to_vec())),
-            (b'S', 32) => Some(Note::Ready(word(0)?, Block { addr: word(8)?, len: word(16)?, kind: (half(24)?, half(28)?) })),
-            (b'R', 8) => Some(Note::Read(word(0)?)),
+            (b'S', 8..) => Some(Note::Ready(number()?, Block::decode(&rest[8..])?)),
+            (b'R', 8) => Some(Note::Read(number()?)),
             _ => None,
         }
     }
@@ -123,8 +125,8 @@ struct Peer {
     /// Messages that were asked for.
     asked: u64,
     /// Where its messages lie, and where they are to go; in order.
-    ready: VecDeque<(u64, Block)>,
-    waiting: VecDeque<(u64, Block)>,
+    ready: VecDeque<(u64, Vec<Block>)>,
+    waiting: VecDeque<(u64, Vec<Block>)>,
     reading: Vec<Request>,
 }
 
@@ -139,8 +141,8 @@ struct State {
     /// Gone once the communicator has ended: nobody reads or writes memory through it any more.
     agent: Option<Agent>,
     /// Of the group that is open.
-    sends: Vec<(u32, Block)>,
-    recvs: Vec<(u32, Block)>,
+    sends: Vec<(u32, Vec<Block>)>,
+    recvs: Vec<(u32, Vec<Block>)>,
     peers: Vec<Peer>,
 }
 
@@ -266,17 +268,18 @@ impl Shared {
     fn read(&self, state: &mut State, rank: u32) -> Result<()> {
         let State { agent, peers, .. } = state;
         let (Some(agent), Some(peer)) = (agent, peers.get_mut(rank as usize)) else { return Ok(()) };
-        while let (Some(&(number, from)), Some(&(asked, into))) = (peer.ready.front(), peer.waiting.front()) {
-            if (number, from.len) != (asked, into.len) {
+        while let (Some((number, from)), Some((asked, into))) = (peer.ready.front(), peer.waiting.front()) {
+            let parts = meet_in(from, into).filter(|_| number == asked);
+            let Some(parts) = parts else {
                 bail!(
                     RS_ERR_MISMATCH,
                     "{} sent message {number} of {} bytes, this rank expects message {asked} of {}",
                     self.tree.who(rank),
-                    from.len,
-                    into.len
+                    bytes(from),
+                    bytes(into)
                 );
-            }
-            let request = agent.read(&name(self.token, rank), from, into, &Note::Read(number).encode())?;
+            };
+            let request = agent.read(&name(self.token, rank), &parts, &Note::Read(*number).encode())?;
             peer.reading.push(request);
             peer.ready.pop_front();
             peer.waiting.pop_front();
@@ -351,16 +354,16 @@ impl Shared {
     /// Tells the receivers of a group where its messages lie.
     fn start(&self, state: &mut State) -> Result<()> {
         self.check(state)?;
-        for (rank, block) in std::mem::take(&mut state.recvs) {
+        for (rank, blocks) in std::mem::take(&mut state.recvs) {
             let peer = &mut state.peers[rank as usize];
-            peer.waiting.push_back((peer.asked, block));
+            peer.waiting.push_back((peer.asked, blocks));
             peer.asked += 1;
         }
-        for (rank, block) in std::mem::take(&mut state.sends) {
+        for (rank, blocks) in std::mem::take(&mut state.sends) {
             let peer = &mut state.peers[rank as usize];
             let number = peer.sent;
             peer.sent += 1;
-            self.note(state, rank, &Note::Ready(number, block))?;
+            self.note(state, rank, &Note::Ready(number, blocks))?;
         }
         Ok(())
     }
@@ -399,7 +402,7 @@ impl Peer {
                 }
             }
             // As many as a group can have.
-            Note::Ready(number, block) if self.ready.len() < 4096 => self.ready.push_back((number, block)),
+            Note::Ready(number, blocks) if self.ready.len() < 4096 => self.ready.push_back((number, blocks)),
             Note::Read(number) if number == self.read && number < self.sent => self.read += 1,
             Note::Ready(..) | Note::Read(_) => return None,
         }
@@ -449,15 +452,19 @@ impl Group for NixlComm {
         self.check()
     }
 
-    fn send(&self, mem: Mem, to: u32, _stream: Stream) -> Result<()> {
+    fn scatters(&self) -> bool {
+        true
+    }
+
+    fn send(&self, blocks: &[Mem], to: u32, _stream: Stream) -> Result<()> {
         self.0.other(to)?;
-        self.0.state().sends.push((to, Block::of(mem)));
+        self.0.state().sends.push((to, blocks.iter().map(|&mem| Block::of(mem)).collect()));
         Ok(())
     }
 
-    fn recv(&self, mem: Mem, from: u32, _stream: Stream) -> Result<()> {
+    fn recv(&self, blocks: &[Mem], from: u32, _stream: Stream) -> Result<()> {
         self.0.other(from)?;
-        self.0.state().recvs.push((from, Block::of(mem)));
+        self.0.state().recvs.push((from, blocks.iter().map(|&mem| Block::of(mem)).collect()));
         Ok(())
     }
 
