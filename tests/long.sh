@@ -18,6 +18,36 @@ frameworks() {
     RESHARD_LIBRARY=$PWD/target/release/libreshard.so target/frameworks/bin/python tests/frameworks/main.py
 }
 
+# Two programs in C under valgrind, one of them with processes of its own; and one that writes too far, which valgrind must see.
+valgrind_c() {
+    local work=target/valgrind source report
+    command -v valgrind >/dev/null || apt_install valgrind
+    mkdir -p "$work"
+    cargo build --locked --release --lib
+    build() { cc -g -Iinclude "$1" -o "$work/program" "${@:2}" target/release/libreshard.a -lgcc_s -lutil -lrt -lpthread -lm -ldl; }
+    checked() { valgrind --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,indirect --trace-children=yes "$work/program"; }
+    for source in tests/install/app.c cpp_examples/own_pipes.c; do
+        build "$source"
+        checked
+    done
+    build tests/install/app.c -DOVERRUN=1
+    if report=$(checked 2>&1); then
+        echo "the overrun was not seen"
+        return 1
+    fi
+    grep 'Invalid write' <<<"$report"
+}
+
+# What a stricter machine says of the parts that are plain memory and threads.
+miri() {
+    if ! cargo +nightly miri --version; then
+        echo "cargo +nightly miri does not run here"
+        return 77
+    fi
+    some_tests env CARGO_TARGET_DIR=target/miri MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --lib -- \
+        geom:: convert:: wire:: plan::rounds comm::loopback comm::page exec::
+}
+
 step needs     900 install_needs
 
 step kills  1800 some_tests env RESHARD_KILLS=50 cargo test --locked --release --test kills
@@ -33,6 +63,8 @@ step soak      1800 tests/faults/run.sh soak
 step fuzz      7200 tests/fuzz.sh 1800
 step hosts     1200 tests/hosts.sh
 step nixl      1800 env RESHARD_CASES=1000 RESHARD_KILLS=50 tests/nixl.sh
+step valgrind   600 valgrind_c
+step miri      1800 miri
 step frameworks 3600 frameworks
 
 finish

@@ -4,12 +4,14 @@
 #   step NAME SECONDS COMMAND [ARGUMENT ...]
 #
 # runs a command, or a function of the script, with its output in a log; says whether it passed; on failure prints the end of the log.
-# SECONDS is its limit: a hang is a failure, not a wait. `finish` prints the count and exits. Arguments of the script choose steps.
+# SECONDS is its limit: a hang is a failure, not a wait. A command that exits with 77 was skipped: the last line of its log says why.
+# `finish` prints the count and exits. Arguments of the script choose steps.
 
 log_folder=${RESHARD_LOGS:-target/test-logs}/$(basename "$0" .sh)
 chosen=("$@")
 running=
 passed=0
+skipped=0
 failed=0
 export CARGO_TERM_COLOR=never
 
@@ -36,6 +38,11 @@ step() {
         printf 'ok      %4d s\n' $((SECONDS - begun))
         return
     fi
+    if [ "$code" -eq 77 ]; then
+        skipped=$((skipped + 1))
+        printf 'SKIPPED %4d s: %s\n' $((SECONDS - begun)) "$(tail -n 1 "$log")"
+        return
+    fi
     failed=$((failed + 1))
     [ "$code" -eq 124 ] && code="not done after $limit s"
     printf 'FAILED  %4d s (exit: %s); the end of %s:\n' $((SECONDS - begun)) "$code" "$log"
@@ -47,14 +54,23 @@ trap 'echo interrupted; kill "$running"; exit 1' HUP INT TERM
 
 finish() {
     printf '\n%d min %d s; logs in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$log_folder"
-    printf '%d passed, %d failed\n' "$passed" "$failed"
+    printf '%d passed, %d skipped, %d failed\n' "$passed" "$skipped" "$failed"
     [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
     exit
 }
 
+# apt_install PACKAGE ...
+apt_install() {
+    local sudo=()
+    echo "installing with apt-get: $*"
+    [ "$(id -u)" -eq 0 ] || sudo=(sudo)
+    "${sudo[@]}" apt-get update
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+}
+
 # install_needs: what the steps need beyond git, Rust and python3, from apt, and only what is missing.
 install_needs() {
-    local missing=() sudo=()
+    local missing=()
     need() { command -v "$1" >/dev/null || missing+=("$2"); }
     need cc gcc
     need c++ g++
@@ -64,12 +80,7 @@ install_needs() {
     need pkg-config pkg-config
     need python3 python3
     python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
-    if [ ${#missing[@]} -gt 0 ]; then
-        echo "installing with apt-get: ${missing[*]}"
-        [ "$(id -u)" -eq 0 ] || sudo=(sudo)
-        "${sudo[@]}" apt-get update
-        "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${missing[@]}"
-    fi
+    [ ${#missing[@]} -eq 0 ] || apt_install "${missing[@]}"
     for part in fmt clippy; do
         cargo "$part" --version || rustup component add "${part/fmt/rustfmt}"
     done

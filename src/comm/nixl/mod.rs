@@ -4,8 +4,6 @@
 //! memory, and NIXL tells the sender when that is done (another note). So a rank's memory is written by that rank alone, and a message
 //! is one transfer, of as many parts as its blocks at both ends make. Gathers, deaths and last words go over TCP (`tree`).
 //!
-//! [`blocks`] is what a message's blocks are to both ends.
-//!
 //! NIXL starts threads of its own, which run as long as the communicator does: one that moves its connections on, and one of UCX's for
 //! what comes in between. The library starts none.
 //!
