@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bytes that nobody would send on purpose, or only with one: tests/fuzz.sh [SECONDS [TARGET ...]] gives each target so long (60), two at a
+# Bytes that nobody would send on purpose, or only with one: tests/fuzz.sh [SECONDS [TARGET ...]] gives each target so long (60), three at a
 # time. A crash, a hang of ten seconds, or memory beyond a small multiple of the input ends it, and the input is kept in fuzz/artifacts.
 # What was found once is in fuzz/regressions. Needs cargo and a C++ compiler; cargo-fuzz may be used too, but is not needed.
 set -euo pipefail
@@ -33,11 +33,11 @@ one() {
 failed=0
 while [ ${#targets[@]} -gt 0 ]; do
     running=()
-    for target in "${targets[@]:0:2}"; do
+    for target in "${targets[@]:0:3}"; do
         one "$target" &
         running+=($!)
     done
     for process in "${running[@]}"; do wait "$process" || failed=1; done
-    targets=("${targets[@]:2}")
+    targets=("${targets[@]:3}")
 done
 exit $failed

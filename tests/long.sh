@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What takes longer than continuous integration may: about two hours on 2 cores. Like run.sh: tests/long.sh [WORD ...].
+# What takes longer than continuous integration may: about four hours on 2 cores. Like run.sh: tests/long.sh [WORD ...].
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=tests/steps.sh

@@ -31,7 +31,7 @@ holds() { grep -aq -- "$1" "$2"; }
 
 # The Rust tests again, and the proof that they ran with the sanitizer: our code calls its checks, and the shipped library does not.
 asan_rust() {
-    export RESHARD_CASES=${RESHARD_CASES:-300}
+    export RESHARD_CASES=${RESHARD_CASES:-250}
     local built name targets=(--lib)
     # Plans of real sizes are safe code alone, and would take very long; some others call nothing of the library.
     for name in tests/*.rs tests/*/main.rs; do
@@ -99,7 +99,7 @@ step nixl            600 tests/nixl.sh
 step faults          300 tests/faults/run.sh
 step fuzz            900 tests/fuzz.sh 60
 step mpi             300 tests/mpi.sh
-step gpu             900 env RESHARD_SEEDS="${RESHARD_SEEDS:-6}" tests/standin/run.sh
+step gpu             900 env RESHARD_SEEDS="${RESHARD_SEEDS:-5}" tests/standin/run.sh
 step install         600 tests/install.sh
 step asan-rust      1200 asan_rust
 step asan-c          600 asan_c

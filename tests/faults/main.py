@@ -5,6 +5,7 @@ reason on all of them, and the next one works once there is room again. RESHARD_
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def short_of(what, amounts, words, fresh=False):
         expect(all(said), f"some ranks do not know that rank {victim.rank} failed: {said}")
         expect(any(word in said[victim.rank] for word in words), f"rank {victim.rank} does not say what it lacks: {said[victim.rank]}")
         for rank, text in enumerate(said):
-            expect(rank == victim.rank or f"rank {victim.rank} " in text, f"rank {rank} does not name rank {victim.rank}: {text}")
+            expect(rank == victim.rank or re.search(rf"\brank {victim.rank}\b", text), f"rank {rank} does not name rank {victim.rank}: {text}")
         world.works(2 + turn)
     expect(failed >= 3, f"only {failed} of {amounts} were too few")
     for rank, (before, now) in enumerate(zip(base, ask(world.ranks, "usage"))):

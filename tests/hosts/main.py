@@ -100,7 +100,7 @@ def replicas():
     """Engines that want the same: where they relay, the sources send it once, however many there are."""
     mbit, weights = 100, TENSORS * ROWS * COLS * 2
     took = {}
-    for engines, relay in [(1, False), (4, False), (1, True), (2, True), (4, True)]:
+    for engines, relay in [(1, False), (4, False), (1, True), (4, True), (16, True)]:
         os.environ["RELAY"] = "2" if relay else "0"  # RS_CONFIG_RELAY
         with Net(2 + 2 * engines) as net:
             ranks = Ranks(net, 4 + 4 * engines, 60_000)
@@ -121,6 +121,7 @@ def replicas():
     del os.environ["RELAY"]
     expect(took[4, False] > 3 * took[1, False], f"links are not what takes the time: {took}")
     expect(took[4, True] < 2 * took[1, True], f"four engines that relay take too long: {took}")
+    expect(took[16, True] < 4 * took[1, True], f"sixteen engines that relay take too long: {took}")
 
 
 def a_lost_link():
