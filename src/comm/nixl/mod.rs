@@ -14,16 +14,18 @@ mod api;
 mod blocks;
 mod frame;
 mod meet;
+mod peer;
 mod tree;
 
 use super::{Comm, Deadline, Group, Kept};
 use crate::abi::*;
 use crate::device::{Mem, Stream};
 use crate::error::{Error, Result, bail, err};
-use agent::{Agent, Request};
+use agent::Agent;
 use blocks::{Block, bytes, meet_in};
+use peer::{Note, Peer};
 use serde::Deserialize;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tree::Tree;
@@ -73,67 +75,6 @@ const PAUSE: Duration = Duration::from_micros(50);
 
 /// How long a failed transfer waits to hear of the peer's end, which is the better reason.
 const REASON: Duration = Duration::from_millis(500);
-
-/// What one agent tells another.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Note {
-    /// A piece of the metadata of what the sender has registered; whether it is the last one.
-    Metadata(bool, Vec<u8>),
-    /// Message number so many of the pair lies there.
-    Ready(u64, Vec<Block>),
-    /// Message number so many was read.
-    Read(u64),
-}
-
-impl Note {
-    fn encode(&self) -> Vec<u8> {
-        match self {
-            Note::Metadata(last, bytes) => [&[b'M', u8::from(*last)], &bytes[..]].concat(),
-            Note::Ready(number, blocks) => {
-                let blocks: Vec<u8> = blocks.iter().flat_map(Block::encode).collect();
-                [b"S".as_slice(), &number.to_le_bytes(), &blocks].concat()
-            }
-            Note::Read(number) => [b"R".as_slice(), &number.to_le_bytes()].concat(),
-        }
-    }
-
-    fn decode(bytes: &[u8]) -> Option<Note> {
-        let (kind, rest) = bytes.split_first()?;
-        let number = || rest.first_chunk().map(|word| u64::from_le_bytes(*word));
-        match (kind, rest.len()) {
-            (b'M', 1..) => Some(Note::Metadata(rest[0] == 1, rest[1..].to_vec())),
-            (b'S', 8..) => Some(Note::Ready(number()?, Block::decode(&rest[8..])?)),
-            (b'R', 8) => Some(Note::Read(number()?)),
-            _ => None,
-        }
-    }
-}
-
-/// What passes between this rank and another.
-#[derive(Default)]
-struct Peer {
-    /// Of its agent, until it has been loaded.
-    metadata: Option<Vec<u8>>,
-    /// Pieces of metadata that have come, and those that are whole.
-    partial: Vec<u8>,
-    registered: VecDeque<Vec<u8>>,
-    /// Messages that it was told of, and those that it has read.
-    sent: u64,
-    read: u64,
-    /// Messages that were asked for.
-    asked: u64,
-    /// Where its messages lie, and where they are to go; in order.
-    ready: VecDeque<(u64, Vec<Block>)>,
-    waiting: VecDeque<(u64, Vec<Block>)>,
-    reading: Vec<Request>,
-}
-
-impl Peer {
-    /// Whether all messages so far have been read, at both ends.
-    fn idle(&self) -> bool {
-        self.sent == self.read && self.waiting.is_empty() && self.reading.is_empty()
-    }
-}
 
 struct State {
     /// Gone once the communicator has ended: nobody reads or writes memory through it any more.
@@ -191,7 +132,7 @@ pub fn join(config: &str, rank: u32, world: u32, timeout: Duration) -> Result<Ar
     padded.resize(longest, 0);
     let all = tree.allgather(&padded, deadline)?;
     let metadata = |(rank, &len): (usize, &usize)| all[rank * longest..][..len].to_vec();
-    let peers = lens.iter().enumerate().map(metadata).map(|m| Peer { metadata: Some(m), ..Peer::default() }).collect();
+    let peers = lens.iter().enumerate().map(metadata).map(Peer::new).collect();
     log::info!("rank {rank} of {world} joined '{}' over NIXL ({})", config.address, config.backend);
     let state = State { agent: Some(agent), sends: vec![], recvs: vec![], peers };
     Ok(Arc::new(NixlComm(Arc::new(Shared { tree, token, state: Mutex::new(state) }))))
@@ -237,7 +178,7 @@ impl Shared {
             let found = (0..self.tree.world).zip(&state.peers).filter(|(_, p)| so(p));
             found.take(16).map(|(rank, _)| self.tree.who(rank)).collect()
         };
-        match (ranks(|p| !p.waiting.is_empty() && p.ready.is_empty()), ranks(|p| !p.idle())) {
+        match (ranks(Peer::silent), ranks(|p| !p.idle())) {
             (silent, _) if !silent.is_empty() => format!("{} to send a message", silent.join(", ")),
             (_, busy) if !busy.is_empty() => format!("messages to or from {}", busy.join(", ")),
             _ => "its own copies".into(),
@@ -266,21 +207,18 @@ impl Shared {
     fn read(&self, state: &mut State, rank: u32) -> Result<()> {
         let State { agent, peers, .. } = state;
         let (Some(agent), Some(peer)) = (agent, peers.get_mut(rank as usize)) else { return Ok(()) };
-        while let (Some((number, from)), Some((asked, into))) = (peer.ready.front(), peer.waiting.front()) {
-            let parts = meet_in(from, into).filter(|_| number == asked);
-            let Some(parts) = parts else {
+        while let Some((number, from, into)) = peer.next() {
+            let Some(parts) = meet_in(&from, &into) else {
                 bail!(
                     RS_ERR_MISMATCH,
-                    "{} sent message {number} of {} bytes, this rank expects message {asked} of {}",
+                    "{} sent message {number} of {} bytes, this rank expects one of {}",
                     self.tree.who(rank),
-                    bytes(from),
-                    bytes(into)
+                    bytes(&from),
+                    bytes(&into)
                 );
             };
-            let request = agent.read(&name(self.token, rank), &parts, &Note::Read(*number).encode())?;
+            let request = agent.read(&name(self.token, rank), &parts, &Note::Read(number).encode())?;
             peer.reading.push(request);
-            peer.ready.pop_front();
-            peer.waiting.pop_front();
         }
         let mut at = 0;
         while let Some(request) = peer.reading.get(at) {
@@ -303,7 +241,7 @@ impl Shared {
         registered.map_err(|e| self.fail(&mut state, e))?;
         for &rank in from {
             loop {
-                if let Some(metadata) = state.peers[rank as usize].registered.pop_front() {
+                if let Some(metadata) = state.peers[rank as usize].registered() {
                     let loaded = state.agent().and_then(|agent| agent.load(&name(self.token, rank), &metadata));
                     loaded.map_err(|e| self.fail(&mut state, e.context(self.tree.who(rank))))?;
                     // It has all that was in the first.
@@ -333,8 +271,11 @@ impl Shared {
         let metadata = agent.metadata()?;
         let pieces: Vec<&[u8]> = metadata.chunks(NOTE).collect();
         for &rank in to {
-            for (i, piece) in pieces.iter().enumerate() {
-                self.note(state, rank, &Note::Metadata(i + 1 == pieces.len(), piece.to_vec()))?;
+            let peer = &mut state.peers[rank as usize];
+            let number = peer.told;
+            peer.told += 1;
+            for (place, piece) in (0..).zip(&pieces) {
+                self.note(state, rank, &Note::Metadata { number, place, of: pieces.len() as u32, piece: piece.to_vec() })?;
             }
         }
         Ok(())
@@ -353,14 +294,10 @@ impl Shared {
     fn start(&self, state: &mut State) -> Result<()> {
         self.check(state)?;
         for (rank, blocks) in std::mem::take(&mut state.recvs) {
-            let peer = &mut state.peers[rank as usize];
-            peer.waiting.push_back((peer.asked, blocks));
-            peer.asked += 1;
+            state.peers[rank as usize].ask(blocks);
         }
         for (rank, blocks) in std::mem::take(&mut state.sends) {
-            let peer = &mut state.peers[rank as usize];
-            let number = peer.sent;
-            peer.sent += 1;
+            let number = state.peers[rank as usize].send();
             self.note(state, rank, &Note::Ready(number, blocks))?;
         }
         Ok(())
@@ -385,26 +322,6 @@ impl State {
         if let Some(mut agent) = self.agent.take() {
             self.peers.iter_mut().flat_map(|p| p.reading.drain(..)).for_each(|request| agent.release(request));
         }
-    }
-}
-
-impl Peer {
-    /// `None`: the note does not fit.
-    fn take(&mut self, note: Note) -> Option<()> {
-        match note {
-            Note::Metadata(_, piece) if (self.partial.len() + piece.len()) as u64 > frame::LONGEST_WORD => return None,
-            Note::Metadata(last, piece) => {
-                self.partial.extend_from_slice(&piece);
-                if last {
-                    self.registered.push_back(std::mem::take(&mut self.partial));
-                }
-            }
-            // As many as a group can have.
-            Note::Ready(number, blocks) if self.ready.len() < 4096 => self.ready.push_back((number, blocks)),
-            Note::Read(number) if number == self.read && number < self.sent => self.read += 1,
-            Note::Ready(..) | Note::Read(_) => return None,
-        }
-        Some(())
     }
 }
 
