@@ -1093,8 +1093,8 @@ rs_status_t rs_comm_nccl_init(const void *unique_id, size_t id_len, int32_t rank
  *
  * A rank's memory is written by that rank alone: what it needs from others it reads there. Weights that messages are read from or into as
  * they are, and staging, are registered with NIXL while containers are connected, until they are rebound or destroyed: registered memory of
- * a GPU or of an InfiniBand card's is pinned. NIXL runs threads of its own, about two for each communicator, as long as it lives. Who reaches
- * the address can join the run: it belongs to a network that is trusted, as NCCL's does.
+ * a GPU or of an InfiniBand card's is pinned. NIXL runs threads of its own, about two for each communicator, as long as it lives; they sleep
+ * while nothing comes. Who reaches the address can join the run: it belongs to a network that is trusted, as NCCL's does.
  *
  * Collective: waits until all ranks are there. Errors: RS_ERR_INVALID (config_json; a rank that is there already), RS_ERR_UNSUPPORTED (no
  * NIXL, another release, no such backend), RS_ERR_MISMATCH (ranks with another world or run), RS_ERR_TIMEOUT (naming the missing ranks),

@@ -2,7 +2,7 @@
 //!
 //! Knows agents' names, memory and NIXL. Must not know ranks, plans or deadlines.
 
-use super::api::{Handle, IN_PROGRESS, Nixl, READ};
+use super::api::{AgentConfig, Handle, IN_PROGRESS, Nixl, READ};
 use super::blocks::{Block, Part};
 use crate::abi::*;
 use crate::error::{Result, bail, err};
@@ -66,8 +66,19 @@ impl Agent {
         let name = c_string(name, "an agent's name")?;
         let plugin = c_string(backend, "`backend`")?;
         let mut made = null_mut();
+        let config = AgentConfig {
+            enable_prog_thread: true,
+            enable_listen_thread: false,
+            listen_port: 0,
+            thread_sync: 0,
+            num_workers: 1,
+            // It sleeps until something comes; this is for what it may not be woken for. NIXL's default, 0, keeps a core busy for ever.
+            pthr_delay_us: 10_000,
+            lthr_delay_us: 100_000,
+            capture_telemetry: false,
+        };
         // SAFETY: texts that end with a NUL; each call writes its results. Here and below: handles are NIXL's, in use by this thread alone.
-        nixl.done("create_agent", unsafe { (nixl.create_agent)(name.as_ptr(), &mut made) })?;
+        nixl.done("create_agent", unsafe { (nixl.create_configured_agent)(name.as_ptr(), &config, &mut made) })?;
         let mut agent = Agent { nixl, agent: made, backend: null_mut(), options: null_mut(), registered: BTreeMap::new() };
         let mut kinds = null_mut();
         // SAFETY: as above.

@@ -6,7 +6,7 @@
 use crate::abi::{RS_ERR_COMM, RS_ERR_INVALID, RS_ERR_UNSUPPORTED};
 use crate::device::cuda::{open, symbol};
 use crate::error::{Result, bail};
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::Mutex;
 
 /// NIXL_CAPI_IN_PROG.
@@ -23,6 +23,27 @@ const LIBRARY: &str = "libnixl_capi.so";
 
 /// Any of its handles.
 pub type Handle = *mut c_void;
+
+/// nixl_capi_agent_config_t.
+#[repr(C)]
+pub struct AgentConfig {
+    /// Whether a thread of NIXL's moves its connections on.
+    pub enable_prog_thread: bool,
+    /// Whether another one serves NIXL's own exchange of metadata, on this port.
+    pub enable_listen_thread: bool,
+    /// See above.
+    pub listen_port: u16,
+    /// NIXL_CAPI_THREAD_SYNC_NONE: 0.
+    pub thread_sync: c_int,
+    /// UCX workers of a backend.
+    pub num_workers: c_uint,
+    /// How long the first thread sleeps when nothing comes, in microseconds. With 0 it does not sleep.
+    pub pthr_delay_us: u64,
+    /// The same of the second.
+    pub lthr_delay_us: u64,
+    /// Whether NIXL counts what it does.
+    pub capture_telemetry: bool,
+}
 
 macro_rules! functions {
     ($($name:ident($($arg:ty),*);)*) => {
@@ -53,7 +74,7 @@ macro_rules! functions {
 }
 
 functions! {
-    create_agent(*const c_char, *mut Handle);
+    create_configured_agent(*const c_char, *const AgentConfig, *mut Handle);
     destroy_agent(Handle);
     get_plugin_params(Handle, *const c_char, *mut Handle, *mut Handle);
     params_add(Handle, *const c_char, *const c_char);
