@@ -18,6 +18,9 @@ const BEHIND: usize = 2;
 /// A stream is cut into so many messages, where pieces and staging allow it: the longer it is, the less it matters how many ranks it passes.
 const RUN: u64 = 128;
 
+/// But into none that are shorter, which would take longer to announce than to move.
+const LEAST: u64 = 128 << 10;
+
 /// Shorter runs are packed: a block of so many bytes takes about as long to read as to name.
 const LONG: u64 = 64 << 10;
 
@@ -198,7 +201,7 @@ pub fn build(
             work.bytes.received += sum(&into);
             // Message by message the same at every hop: the pieces are, but not their axes, along which they would be cut.
             let longest = out.iter().chain(&into).map(|p| p.bytes()).max().unwrap_or(0);
-            let message = (sum(&out).max(sum(&into)) / RUN).max(longest).min(ways.message);
+            let message = (sum(&out).max(sum(&into)) / RUN).max(LEAST).max(longest).min(ways.message);
             grouped.push(Lane {
                 peer: peer.rank,
                 first: BEHIND * stream.hop as usize,
