@@ -440,7 +440,10 @@ fn dead_and_stopped_processes_are_named_and_change_nothing() {
         let names = std::fs::read_to_string("/proc/net/unix").expect("reads");
         assert!(!names.contains(&name), "a socket name is left behind");
     }
-    println!("survivors' calls ended within {:?} of a kill, {:?} of a stop with deadlines of {TIMEOUT_MS} ms", slowest[0], slowest[1]);
+    println!(
+        "survivors' calls ended within {:?} of a kill, {:?} of a stop with deadlines of {TIMEOUT_MS} ms",
+        slowest[0], slowest[1]
+    );
 }
 
 /// How long the survivors took to hear of it.
