@@ -25,7 +25,7 @@ const LEAST: u64 = 128 << 10;
 const LONG: u64 = 64 << 10;
 
 /// A message lies in so many blocks at most, less those that its ends cut.
-const BLOCKS: u64 = 512;
+const BLOCKS: u64 = 1024;
 
 /// Whose memory a unit reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
