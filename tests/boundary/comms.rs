@@ -41,7 +41,11 @@ fn without_nixl_the_call_says_how_to_get_it() {
     let words = ["no NIXL", "/nowhere/libnixl_capi.so", "nixl-cu12", "`library`"];
     nixl(r#"{"address": "127.0.0.1:1", "library": "/nowhere/libnixl_capi.so"}"#, RS_ERR_UNSUPPORTED, &words);
     // A library that is another one.
-    nixl(r#"{"address": "127.0.0.1:1", "library": "libc.so.6"}"#, RS_ERR_UNSUPPORTED, &["nixl_capi_create_agent", "NIXL 1.5"]);
+    nixl(
+        r#"{"address": "127.0.0.1:1", "library": "libc.so.6"}"#,
+        RS_ERR_UNSUPPORTED,
+        &["nixl_capi_create_configured_agent", "NIXL 1.5"],
+    );
 }
 
 #[test]
