@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Bytes that nobody would send on purpose, or only with one: tests/fuzz.sh [SECONDS [TARGET ...]] gives each target so long (60), three at a
-# time. A crash, a hang of ten seconds, or memory beyond a small multiple of the input ends it, and the input is kept in fuzz/artifacts.
-# What was found once is in fuzz/regressions. Needs cargo and a C++ compiler; cargo-fuzz may be used too, but is not needed.
+# Bytes that nobody would send on purpose, or only with one: tests/fuzz.sh [SECONDS [TARGET ...]] gives each target so long (60). A crash, a
+# hang of ten seconds, or memory beyond a small multiple of the input ends it, and the input is kept in fuzz/artifacts. What was found once
+# is in fuzz/regressions. RESHARD_AT_ONCE: how many targets run beside each other (3). Needs cargo and a C++ compiler; cargo-fuzz may be
+# used too, but is not needed.
 set -euo pipefail
 cd "$(dirname "$0")/../fuzz"
 
-seconds=${1:-60}
+seconds=${1:-60} at_once=${RESHARD_AT_ONCE:-3}
 shift || true
 targets=("$@")
 [ ${#targets[@]} -gt 0 ] || targets=(import pipeline spec structs wire)
@@ -33,11 +34,11 @@ one() {
 failed=0
 while [ ${#targets[@]} -gt 0 ]; do
     running=()
-    for target in "${targets[@]:0:3}"; do
+    for target in "${targets[@]:0:at_once}"; do
         one "$target" &
         running+=($!)
     done
     for process in "${running[@]}"; do wait "$process" || failed=1; done
-    targets=("${targets[@]:3}")
+    targets=("${targets[@]:at_once}")
 done
 exit $failed

@@ -97,7 +97,7 @@ step standin         300 tests/standin/selftest.sh
 step nccl            300 tests/nccl.sh
 step nixl            600 tests/nixl.sh
 step faults          300 tests/faults/run.sh
-step fuzz            900 tests/fuzz.sh 60
+step fuzz            900 env RESHARD_AT_ONCE=5 tests/fuzz.sh 60
 step mpi             300 tests/mpi.sh
 step gpu             900 env RESHARD_SEEDS="${RESHARD_SEEDS:-5}" tests/standin/run.sh
 step install         600 tests/install.sh
