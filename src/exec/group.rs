@@ -71,7 +71,11 @@ impl Rounds {
 
     /// The ranks that messages go to, and those that they come from.
     pub fn peers(&self) -> [Vec<u32>; 2] {
-        let ranks = |some: fn(&Lane) -> bool| self.lanes.iter().filter(|l| some(l)).map(|l| l.peer).collect();
+        let ranks = |some: fn(&Lane) -> bool| {
+            // One may have several lanes.
+            let ranks: BTreeSet<u32> = self.lanes.iter().filter(|l| some(l)).map(|l| l.peer).collect();
+            ranks.into_iter().collect()
+        };
         [ranks(|l| !l.out.is_empty()), ranks(|l| !l.into.is_empty())]
     }
 
